@@ -1,0 +1,1 @@
+"""What is submitted: run from the repository root with `python -m jobs.NAME`."""

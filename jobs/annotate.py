@@ -1,0 +1,192 @@
+"""Pictures → Parquet: `python -m jobs.annotate INPUT... --output OUT --yolo MODEL`; see --help."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from shardsight import pipeline
+from shardsight.coverage import Coverage
+from shardsight.load import Load
+from shardsight.models import ModelError, ModelInfo, inspect
+from shardsight.progress import Progress, summary
+from shardsight.records import STAGES
+from shardsight.results import Results, Written, lock
+from shardsight.settings import Settings, UsageError, parse
+from shardsight.sources import InputError, Listing, absolute
+from shardsight.storage import Storage, StorageError, explain
+
+PASSES = 3  # over what a pass lost, because a process died in it
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the job; returns the exit code of the contract: 0, 2, 3 or 130, and 1 for what should not happen."""
+    try:
+        return annotate(parse(sys.argv[1:] if arguments is None else arguments))
+    except (UsageError, InputError, ModelError, StorageError) as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def annotate(settings: Settings) -> int:
+    started = time.monotonic()
+    storage = Storage(settings.storage)
+    results = Results(absolute(settings.output), storage)
+    listing = Listing(settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/")
+    assert settings.yolo
+    listing.check()
+    model = inspect(absolute(settings.yolo), settings.imgsz)
+    try:
+        results.prepare()
+    except Exception as error:
+        raise StorageError(explain(results.out, error)) from error
+    with lock(results):
+        done = _what_is_there(results, settings)
+        units = list(listing.left(done))
+        job: dict[str, Any] = {
+            **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
+            **{"configuration": settings.record(), "versions": _versions()},
+            **{"models": {"yolo": {"path": model.path, "task": model.task, "sha256": model.sha256}}},
+        }
+        results.save_job(job)
+        stages = {stage: Counter[str]() for stage in STAGES}
+        before = done.rows
+        try:
+            for _ in range(PASSES):
+                if not units:
+                    break
+                _pass(units, done, listing, settings, model, results, stages)
+                done = results.done()
+                units = list(listing.left(done))
+            job["status"] = "failed" if units else "done"
+        except KeyboardInterrupt:
+            job["status"] = "interrupted"
+            done = results.done()
+        job |= _account(listing, done, before, time.monotonic() - started, stages)
+        results.save_job(job)
+    return _conclude(job, results, settings)
+
+
+def _what_is_there(results: Results, settings: Settings) -> Coverage:
+    """What an earlier run of the same job left, after what --overwrite and --retry-errors take away."""
+    if settings.overwrite:
+        results.clear()
+    before = results.job()
+    if before:
+        changed = {
+            name: (before["configuration"].get(name), value)
+            for name, value in settings.identity().items()
+            if before["configuration"].get(name) != value
+        }
+        if changed:
+            name, (old, new) = next(iter(changed.items()))
+            raise UsageError(
+                f"{results.out} holds a job with {name} = {old}, not {new}: choose another --output, or --overwrite it"
+            )
+    if settings.retry_errors:
+        results.drop_errors()
+    return results.done()
+
+
+def _pass(
+    units: list[Any],
+    done: Coverage,
+    listing: Listing,
+    settings: Settings,
+    model: ModelInfo,
+    results: Results,
+    stages: dict[str, Counter[str]],
+) -> None:
+    start_ray()
+    load = Load(results.storage, model.input, settings.scaled_decode, settings.keep_images)
+    names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
+    arguments = {"model": model.path, **{name: getattr(settings, name) for name in names}}
+    plan = pipeline.plan(settings.yolo_actors, settings.gpus_per_actor)
+    rows = pipeline.flow(units, load, arguments, plan)
+    written: Written
+    with Progress(done.positions, None if listing.units else len(listing.files)) as progress:
+        for count, finished in pipeline.run(rows, results, settings.rows_per_file):
+            for written in finished:
+                for stage, spent in written.stages.items():
+                    stages[stage].update(spent)
+            progress.add(count, sum(written.coverage.errors.total() for written in finished))
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS or a local `ray start` names, else start one; unless that is done."""
+    if ray.is_initialized():
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first is an interrupt, too
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    ray.init(
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        include_dashboard=False,
+        runtime_env={"env_vars": environment} if environment else None,
+    )
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _account(
+    listing: Listing, done: Coverage, before: int, seconds: float, stages: dict[str, Counter[str]]
+) -> dict[str, Any]:
+    """What job.json says at the end; the proof is from the results files' footers, not from what was sent."""
+    errors: dict[str, dict[str, int]] = {}
+    for (stage, type), count in sorted(done.errors.items()):
+        errors.setdefault(stage, {})[type] = count
+    complete = all(map(done.complete, listing.units)) and listing.files.within(done.files)
+    return {
+        "inputs": len(listing.files) + sum(done.totals.get(unit, 0) for unit in listing.units),
+        "rows": done.rows,
+        "resumed_rows": before,
+        "errors": errors,
+        "exactly_once": complete and done.rows == done.positions,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round((done.rows - before) / seconds, 3),
+        "stages": {
+            stage: {
+                **{"rows": int(spent["rows"]), "seconds": round(spent["clock_seconds"], 3)},
+                **{"cpu_seconds": round(spent["cpu_seconds"], 3), "gpu_seconds": None},
+            }
+            for stage, spent in stages.items()
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("shardsight", "ray", "ultralytics", "torch", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def _conclude(job: dict[str, Any], results: Results, settings: Settings) -> int:
+    console = Console(stderr=True)
+    summary(job, results.out, console)
+    if job["status"] == "interrupted":
+        print("shardsight: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if job["status"] == "failed":
+        print("shardsight: some inputs are missing from the results; the same command tries them again", file=sys.stderr)
+        return 1
+    failed = sum(sum(types.values()) for types in job["errors"].values())
+    if job["inputs"] and failed / job["inputs"] > settings.max_error_rate:
+        print(
+            f"shardsight: {failed:,} of {job['inputs']:,} inputs failed, more than --max-error-rate "
+            f"{settings.max_error_rate}; the rows say why",
+            file=sys.stderr,
+        )
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Distributed batch vision on Ray."""

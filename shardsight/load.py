@@ -1,0 +1,76 @@
+"""Units → tables of decoded frames: reading and decoding in one process, with no copy between them."""
+
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shardsight.decode import decode
+from shardsight.letterbox import CentreCrop, Letterbox
+from shardsight.records import FRAME, PLACE, ROW, SECONDS, Failure
+from shardsight.sources import Record, read
+from shardsight.storage import Storage
+
+TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
+BYTES, ROWS = 8 << 20, 256  # of frames and of rows that wait to be handed on
+
+
+@dataclass(frozen=True)
+class Load:
+    """Reads and decodes units.
+
+    input: the model's, whose size the frames need not exceed. scaled: decode JPEGs no larger than it.
+    keep_images: leave the encoded bytes in the row.
+    """
+
+    storage: Storage
+    input: Letterbox | CentreCrop
+    scaled: bool = True
+    keep_images: bool = False
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """A table with pickled Units in the column `unit` → tables of TABLE."""
+        rows: list[dict[str, Any]] = []
+        held = 0
+        for pickled in batch["unit"].to_pylist():
+            for record in read(pickle.loads(pickled), self.storage):
+                rows.append(self.row(record))
+                held += len(rows[-1].get("frame") or b"") + len(rows[-1]["image"] or b"")
+                if held > BYTES or len(rows) == ROWS:
+                    yield _table(rows)
+                    rows, held = [], 0
+        yield _table(rows)
+
+    def row(self, record: Record) -> dict[str, Any]:
+        """One record as a row of TABLE; what cannot be decoded has an `error` and no frame."""
+        row: dict[str, Any] = {
+            **{"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None},
+            **{"image": record.data if self.keep_images else None},
+            **{"unit": record.unit, "position": record.position, "last": record.last},
+            **{"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]},
+        }
+        if record.failure:
+            return row | {"error": record.failure.row("read")}
+        clock, cpu = time.perf_counter(), time.thread_time()
+        try:
+            frame, width, height = self.decode(record.data or b"")
+            row |= {"width": width, "height": height, "frame": frame.data}
+            row |= {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
+        except Exception as error:  # of whatever kind: it is this picture's, and no other must suffer
+            row["error"] = Failure.of(error).row("decode")
+        clock, cpu = time.perf_counter() - clock, time.thread_time() - cpu
+        return row | {"decode_clock_seconds": clock, "decode_cpu_seconds": cpu}
+
+    def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
+        """Encoded bytes → frame, RGB uint8 (h, w, 3), and the picture's own (width, height)."""
+        frame, width, height = decode(data, self.input.enough if self.scaled else None)
+        return np.ascontiguousarray(self.input.shrink(frame, width, height)), width, height
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
+    return pa.Table.from_arrays(columns, schema=TABLE)

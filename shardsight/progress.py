@@ -1,0 +1,84 @@
+"""What a person sees of a running job: a live bar on a terminal, elsewhere a line every ten seconds."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+@dataclass
+class Progress:
+    """before: inputs that were done when the run began. total: inputs, where they could be counted."""
+
+    before: int
+    total: int | None
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    rows: int = 0
+    errors: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> "Progress":
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        if self.live:
+            self.live.start()
+        self.said = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def add(self, rows: int, errors: int) -> None:
+        self.rows, self.errors = self.rows + rows, self.errors + errors
+        if self.live:
+            self.live.update(Text(f"{self._bar()} {self}"), refresh=True)
+        elif time.monotonic() - self.said >= EVERY:
+            self.said = time.monotonic()
+            self.console.print(str(self), highlight=False, soft_wrap=True)
+
+    def _bar(self, width: int = 30) -> str:
+        if not self.total:
+            return ""
+        full = min(width, width * (self.before + self.rows) // self.total)
+        return "━" * full + "─" * (width - full)
+
+    def __str__(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        of = f" of {self.total:,}" if self.total else ""
+        left = ""
+        if self.total and self.rows:
+            rest = (self.total - self.before - self.rows) * seconds / self.rows
+            left = f", {_clock(max(0.0, rest))} left"
+        done = self.before + self.rows
+        return f"{done:,}{of} rows, {self.rows / seconds:,.1f} rows/s, {self.errors:,} errors{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def summary(job: dict[str, Any], where: str, console: Console) -> None:
+    """The table at the end."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    errors = Counter({f"{stage}: {type}": n for stage, types in job["errors"].items() for type, n in types.items()})
+    table.add_row("inputs", f"{job['inputs']:,}")
+    table.add_row("rows", f"{job['rows']:,}" + (f" ({job['resumed_rows']:,} were there)" if job["resumed_rows"] else ""))
+    table.add_row("errors", f"{errors.total():,}")
+    for kind, count in errors.most_common():
+        table.add_row("", f"{count:,} {kind}")
+    table.add_row("seconds", f"{job['seconds']:,.1f}")
+    table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
+    table.add_row("exactly once", "yes" if job["exactly_once"] else "no")
+    table.add_row("results", f"{where}/results/*.parquet")
+    console.print(table, highlight=False)

@@ -1,0 +1,86 @@
+"""The row: one Arrow schema for every job, and what travels with a row until it is written."""
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+DETECTION = pa.struct(
+    [
+        ("label", pa.string()),
+        ("class_id", pa.int32()),
+        ("score", pa.float32()),
+        # Pixels of the original picture.
+        ("x1", pa.float32()),
+        ("y1", pa.float32()),
+        ("x2", pa.float32()),
+        ("y2", pa.float32()),
+        ("track_id", pa.int64()),
+        ("angle", pa.float32()),  # radians, of an oriented box; x1 … y2 are then its envelope
+        ("corners", pa.list_(pa.float32(), 8)),  # x, y of an oriented box's four corners
+        # COCO's compressed RLE.
+        ("mask", pa.struct([("height", pa.int32()), ("width", pa.int32()), ("counts", pa.string())])),
+        ("keypoints", pa.list_(pa.struct([("x", pa.float32()), ("y", pa.float32()), ("score", pa.float32())]))),
+        ("text", pa.string()),
+    ]
+)
+CLASS = pa.struct([("label", pa.string()), ("class_id", pa.int32()), ("score", pa.float32())])
+ANSWER = pa.struct(
+    [
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("detections", pa.list_(DETECTION)),
+        ("finish_reason", pa.string()),
+        ("score", pa.float32()),  # mean log-probability
+    ]
+)
+ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string())])
+
+ROW = pa.schema(
+    [
+        ("id", pa.string()),
+        ("uri", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("frame_index", pa.int32()),
+        ("pts_seconds", pa.float64()),
+        ("detections", pa.list_(DETECTION)),
+        ("classes", pa.list_(CLASS)),
+        ("answers", pa.list_(ANSWER)),
+        ("metadata", pa.string()),
+        ("image", pa.binary()),
+        ("error", ERROR),
+    ]
+)
+
+# Where the row stands in the work: see Unit and Record in sources.py.
+PLACE = [("unit", pa.string()), ("position", pa.int64()), ("last", pa.bool_())]
+# RGB uint8, row after row, and its size, which is the model's rather than the picture's.
+FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_height", pa.int32())]
+STAGES = ("read", "decode", "yolo")
+# What each stage spent on a row: by the clock, and of CPU time.
+SECONDS = [f"{stage}_{kind}_seconds" for stage in STAGES for kind in ("clock", "cpu")]
+
+
+@dataclass(eq=False)
+class Failure(Exception):
+    """Why a record has no result; becomes the row's `error`.
+
+    type is a short name to count by (`TruncatedImage`), message a sentence for people.
+    """
+
+    type: str
+    message: str
+
+    @staticmethod
+    def of(error: Exception) -> "Failure":
+        """An exception that nobody foresaw, as a failure."""
+        return error if isinstance(error, Failure) else Failure(type(error).__name__, str(error) or repr(error))
+
+    def row(self, stage: str) -> dict[str, str]:
+        return {"stage": stage, "type": self.type, "message": self.message[:1000]}
+
+
+def digest(id: str) -> bytes:
+    """16 bytes that stand for an id: among a billion ids two agree with a chance of 1 in 10^21."""
+    return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,202 @@
+"""What a user may set: flags, YAML and checks from one declaration."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliPositionalArg,
+    CliSettingsSource,
+    CliToggleFlag,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from shardsight.storage import OPTIONS
+
+# Settings that change no row: another value goes on with the same output.
+_FREE = {
+    "output", "batch_size", "yolo_actors", "gpus_per_actor", "rows_per_file", "storage", "overwrite",
+    "retry_errors", "max_error_rate", "config",
+}  # fmt: skip
+_SECRET = ("key", "secret", "token")
+
+
+class UsageError(Exception):
+    """The request is wrong: one sentence that says what to do. The commands exit with 2."""
+
+
+class Settings(BaseSettings):
+    """Annotate pictures with YOLOv8 and write Parquet, each input exactly once."""
+
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True, cli_prog_name="python -m jobs.annotate", extra="forbid", cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )  # fmt: skip
+
+    inputs: CliPositionalArg[list[str]] = Field(
+        [],
+        description="files, folders, globs or s3:// prefixes: pictures, .tar (WebDataset), .parquet with encoded "
+        "images, or a .txt/.csv/.jsonl list of uris"
+    )
+    output: str = Field(description="folder or s3:// prefix; holds results/*.parquet and job.json")
+    yolo: str | None = Field(None, description="weights (.pt), or an export: .onnx, …_openvino_model/, .engine, …")
+    conf: float = Field(0.25, ge=0, le=1, description="least score of a detection")
+    iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker detection")
+    max_det: int = Field(300, ge=1, description="most detections of a picture")
+    classes: list[int] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
+    imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
+    paligemma: str | None = Field(None, description="not in this version")
+    prompt: list[str] = Field([], description="what PaliGemma is asked; repeatable")
+    scaled_decode: CliImplicitFlag[bool] = Field(True, description="decode JPEGs no larger than the model needs")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
+    )
+    batch_size: int | None = Field(None, ge=1, description="pictures the model takes at once; 64 on a GPU, else 16")
+    yolo_actors: str | None = Field(None, description="MIN:MAX model processes; sized to the cluster by default")
+    gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
+    rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
+    uri_column: str | None = Field(None, description="column of uris, in Parquet and in .csv or .jsonl lists")
+    storage: dict[str, str] = Field({}, description=f"KEY=VALUE for s3://, repeatable: {', '.join(OPTIONS)}")
+    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures too")
+    limit: int | None = Field(None, ge=1, description="the first N inputs only")
+    overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
+    retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed inputs above which the job exits 3")
+    config: str | None = Field(None, description="YAML with these names, or an earlier job.json; flags win")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
+
+    @field_validator("classes", "imgsz", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """`0,2`, `[0, 2]` and a repeated flag are lists; one number for imgsz is a number."""
+        if value is None or isinstance(value, int):
+            return value
+        return [part for entry in (value if isinstance(value, list) else [value]) for part in _split(entry)]
+
+    @field_validator("imgsz")
+    @classmethod
+    def _imgsz(cls, value: int | list[int] | None) -> int | list[int] | None:
+        sides = value if isinstance(value, list) else [value or 640]
+        if len(sides) not in (1, 2) or any(side < 32 for side in sides):
+            raise ValueError("expected N or HEIGHT,WIDTH, of at least 32 pixels")
+        return value if value is None else sides[0] if len(sides) == 1 else sides
+
+    @field_validator("storage")
+    @classmethod
+    def _storage(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in OPTIONS:
+                raise ValueError(f"unknown key {name}: choose from {', '.join(OPTIONS)}")
+        return value
+
+    @field_validator("yolo_actors")
+    @classmethod
+    def _actors(cls, value: str | None) -> str | None:
+        if value is not None:
+            low, _, high = value.partition(":")
+            if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
+                raise ValueError("expected N or MIN:MAX, as 1:4")
+        return value
+
+    @field_validator("paligemma")
+    @classmethod
+    def _paligemma(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("this version has no PaliGemma: leave it out, and use --yolo")
+        return value
+
+    @model_validator(mode="after")
+    def _a_model(self) -> Self:
+        if not self.inputs:
+            raise ValueError("no input: give files, folders, globs or s3:// prefixes")
+        if self.prompt and not self.paligemma:
+            raise ValueError("--prompt needs a model to ask: give --paligemma MODEL")
+        if not self.yolo:
+            raise ValueError("no model: give --yolo MODEL")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what the rows say."""
+        return {name: value for name, value in self.record().items() if name not in _FREE}
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, for job.json; secrets are left out."""
+        values = self.model_dump(exclude={"overwrite", "retry_errors", "config"})
+        values["storage"] = {name: value for name, value in self.storage.items() if name not in _SECRET}
+        return values
+
+
+def _split(entry: Any) -> list[str]:
+    return [part for part in str(entry).strip("[] ").replace(" ", "").split(",") if part]
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Command line, over `--config`, over defaults. Raises UsageError; prints and exits on --help."""
+    verbatim: dict[str, list[str]] = {}
+
+    def parse_args(parser: Any, arguments: list[str]) -> Any:
+        """Inputs before, between and after flags; and word for word, as pydantic-settings splits at commas."""
+        parsed = parser.parse_intermixed_args(arguments)
+        for name in ("inputs", "prompt"):
+            value = vars(parsed).pop(name, None)
+            if isinstance(value, list) and value:
+                verbatim[name] = value
+        return parsed
+
+    try:
+        values = _config(arguments)
+        source: Any = CliSettingsSource(
+            Settings, cli_parse_args=arguments, cli_exit_on_error=False, parse_args_method=parse_args
+        )
+        return Settings(_cli_settings_source=source, **(values | verbatim))
+    except ValidationError as error:
+        raise UsageError(_sentence(error)) from None
+    except SettingsError as error:
+        raise UsageError(f"{str(error).removeprefix('error parsing CLI: ')}; see --help") from None
+
+
+def _config(arguments: list[str]) -> dict[str, Any]:
+    """What the file that `--config` names says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path = parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see --help") from None
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UsageError(f"--config {path} does not exist: check the name") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} holds no settings: write NAME: VALUE, one a line")
+    content = content.get("configuration", content)  # an earlier job.json
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, as one sentence."""
+    first = error.errors()[0]
+    place = str(first["loc"][0]) if first["loc"] else ""
+    name = "INPUT" if place == "inputs" else f"--{place.replace('_', '-')}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{name} is missing; see --help"
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {place}; see --help"
+    given = "" if not place or first["type"] == "value_error" else f", not {first['input']!r}"
+    return f"{name}: {message[0].lower() + message[1:]}{given}" if place else message
