@@ -126,6 +126,7 @@ def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS or a local `ray start` names, else start one; unless that is done."""
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first is an interrupt, too
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     ray.init(

@@ -1,8 +1,11 @@
 """What is known of a model before it is loaded, so that the driver stays free of torch."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import pickle
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from shardsight.letterbox import CentreCrop, Letterbox
 
@@ -24,11 +27,17 @@ class ModelInfo:
 
 def inspect(path: str, imgsz: int | list[int] | None = None) -> ModelInfo:
     """Load a YOLO model once, in a process of its own, and tell what it is. Raises ModelError."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_inspect, path, imgsz).result()
-
-
-def _inspect(path: str, imgsz: int | list[int] | None) -> ModelInfo:
-    from shardsight.yolo import Yolo
-
-    return Yolo(path, imgsz=imgsz, precision="fp32").info()
+    if not Path(path).exists():
+        raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
+    with tempfile.NamedTemporaryFile() as answer:
+        child = "import sys, pickle; from shardsight.yolo import describe; describe(*pickle.loads(eval(sys.argv[1])))"
+        arguments = repr(pickle.dumps((path, imgsz, answer.name)))
+        done = subprocess.run([sys.executable, "-c", child, arguments], capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(f"{path} cannot be loaded as a YOLO model: {last}")
+        outcome = pickle.loads(Path(answer.name).read_bytes())
+    if isinstance(outcome, ModelError):
+        raise outcome
+    assert isinstance(outcome, ModelInfo)
+    return outcome

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,17 @@ class Annotator:
 
 def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan) -> Dataset:
     """Units → annotated rows. What a dying process takes with it is missing from them."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 32 << 20  # of frames: a block is what one call of the model gets
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # the driver sees from the footers what is missing
+    # Of arguments that go in 2.64; the pinned release has no other way to bound its retries.
+    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
     work = [{"unit": pickle.dumps(unit)} for unit in units]
     return (
         ray.data.from_items(work, override_num_blocks=min(len(work), 5000))
         # Retries are bounded: Ray's default has no end, where a record kills whoever reads it.
-        .map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=2)
+        .map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 2})
         .map_batches(
             Annotator,
             fn_constructor_kwargs=arguments | {"threads": plan.threads},
@@ -66,8 +73,7 @@ def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan) -
             batch_format="pyarrow",
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
-            max_restarts=3,
-            max_task_retries=1,
+            ray_remote_args_fn=lambda: {"max_restarts": 3, "max_task_retries": 1},
         )
     )
 
@@ -79,10 +85,6 @@ def write(results: Results, rows_per_file: int, *blocks: pa.Table) -> Written:
 
 def run(rows: Dataset, results: Results, rows_per_file: int) -> Iterator[tuple[int, list[Written]]]:
     """Write rows as they come; yields how many came, and what has been written since. Interrupted, it writes what it has."""
-    context = DataContext.get_current()
-    context.target_max_block_size = 32 << 20  # of frames: a block is what one call of the model gets
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # the driver sees from the footers what is missing
     waiting: list[Any] = []
     writing: list[Any] = []
     held, size, since = 0, 0, time.monotonic()

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import s3fs
+if TYPE_CHECKING:
+    import s3fs
 
 OPTIONS = ("anon", "endpoint_url", "key", "profile", "region_name", "requester_pays", "secret", "token")
 CHUNK = 8 << 20  # of a remote file read in order: large enough to be fast, small enough to ask again
@@ -28,7 +29,9 @@ class Storage:
     patience: float = PATIENCE
 
     @cached_property
-    def s3(self) -> s3fs.S3FileSystem:
+    def s3(self) -> "s3fs.S3FileSystem":
+        import s3fs  # here, for the second that it takes in every process
+
         options: dict[str, Any] = dict(self.options)
         for name in ("anon", "requester_pays"):
             if name in options:

@@ -6,8 +6,10 @@ telemetry, and pickles that run code.
 
 import functools
 import hashlib
+import importlib.util
 import math
 import os
+import pickle
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +29,6 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
-import torchvision  # noqa: E402, F401  (ultralytics uses its faster NMS where it finds it imported)
 from PIL import Image  # noqa: E402
 from pycocotools import mask as rle  # noqa: E402
 from ultralytics import YOLO  # noqa: E402
@@ -39,8 +40,22 @@ from shardsight.models import ModelError, ModelInfo  # noqa: E402
 from shardsight.records import CLASS, DETECTION, ERROR, Failure  # noqa: E402
 
 SETTINGS.update(sync=False)
+# torchvision's NMS, which ultralytics prefers to its own where it can; importing all of torchvision takes 6 s.
+_torchvision = importlib.util.find_spec("torchvision")
+if _torchvision and _torchvision.origin:
+    torch.ops.load_library(str(Path(_torchvision.origin).with_name("_C.so")))
+    nms.TorchNMS.nms = staticmethod(torch.ops.torchvision.nms)
 # By default it gives up after 2 s and 50 ms a picture, and returns the pictures it did not reach as empty.
 nms.non_max_suppression = functools.partial(nms.non_max_suppression, max_time_img=math.inf)
+
+
+def describe(path: str, imgsz: int | list[int] | None, answer: str) -> None:
+    """Write a model's ModelInfo, or the ModelError, pickled, into the file `answer`."""
+    try:
+        outcome: ModelInfo | ModelError = Yolo(path, imgsz=imgsz, precision="fp32").info()
+    except ModelError as error:
+        outcome = error
+    Path(answer).write_bytes(pickle.dumps(outcome))
 
 
 class Yolo:
@@ -63,8 +78,8 @@ class Yolo:
         threads: int | None = None,
     ) -> None:
         self.path = path = Path(model)
-        if not path.exists():
-            raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
+        if not path.exists():  # ultralytics would look for it on the net
+            raise ModelError(f"there are no weights at {model}")
         torch.set_num_threads(threads or os.cpu_count() or 1)
         cuda = torch.cuda.is_available()
         self.batch_size = batch_size or (64 if cuda else 16)

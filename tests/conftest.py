@@ -1,0 +1,127 @@
+"""One Ray, one S3 server and one set of made-up scenes for all tests."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import ultralytics
+
+from shardsight.demo.scenes import Scene, scenes
+from shardsight.demo.writers import jpeg
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
+PHOTOGRAPHS = [Path(ultralytics.__file__).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
+S3_KEY, S3_SECRET = "test-key", "test-secret"
+
+
+@pytest.fixture(scope="session")
+def some_scenes() -> list[Scene]:
+    return list(scenes(40, seed=4000))
+
+
+@pytest.fixture(scope="session")
+def jpegs(some_scenes: list[Scene]) -> list[bytes]:
+    return [jpeg(scene) for scene in some_scenes]
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[None]:
+    """A cluster that the jobs of all tests share."""
+    import ray
+
+    from jobs.annotate import start_ray
+
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def annotate(one_ray: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the job in this process; returns its exit code and what it said."""
+    from jobs.annotate import main
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def detector() -> Path:
+    return WEIGHTS / "detect.pt"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
+    """A real S3 server over a folder: rclone, with signatures."""
+    folder = tmp_path_factory.mktemp("s3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % probe.getsockname()[1]
+    rclone = Path(sys.executable).parent / "rclone"
+    log = folder.with_suffix(".log").open("w")
+    server = subprocess.Popen(
+        [rclone, "serve", "s3", "--auth-key", f"{S3_KEY},{S3_SECRET}", "--addr", address, str(folder)],
+        stderr=log,
+    )
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(tuple_of(address)) == 0:
+                break
+        time.sleep(0.05)
+    yield S3(folder, f"http://{address}")
+    server.terminate()
+    server.wait()
+
+
+def tuple_of(address: str) -> tuple[str, int]:
+    host, port = address.split(":")
+    return host, int(port)
+
+
+class S3:
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+
+    def options(self, key: str = S3_KEY, secret: str = S3_SECRET) -> list[str]:
+        """The flags that a job needs to use the server."""
+        pairs = {"endpoint_url": self.url, "key": key, "secret": secret}
+        return [part for name, value in pairs.items() for part in ("--storage", f"{name}={value}")]
+
+    def bucket(self, name: str) -> Path:
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Every result row, by DuckDB, as a user reads them."""
+    relation = duckdb.sql(f"select * from '{out}/results/*.parquet'")
+    return [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
+
+
+def job_of(out: Path) -> dict[str, Any]:
+    job: dict[str, Any] = json.loads((out / "job.json").read_text())
+    return job
+
+
+def start_job(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The job as a process of its own, with a cluster of its own."""
+    command = [sys.executable, "-m", "jobs.annotate", *map(str, arguments)]
+    environment = {**os.environ, **(env or {})}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)
+
+
+__all__ = ["PHOTOGRAPHS", "ROOT", "S3", "WEIGHTS", "job_of", "rows_of", "shutil", "start_job"]
