@@ -41,9 +41,9 @@ class Load:
                 rows.append(self.row(record))
                 held += len(rows[-1].get("frame") or b"") + len(rows[-1]["image"] or b"")
                 if held > BYTES or len(rows) == ROWS:
-                    yield _table(rows)
+                    yield self.table(rows)
                     rows, held = [], 0
-        yield _table(rows)
+        yield self.table(rows)
 
     def row(self, record: Record) -> dict[str, Any]:
         """One record as a row of TABLE; what cannot be decoded has an `error` and no frame."""
@@ -70,7 +70,6 @@ class Load:
         frame, width, height = decode(data, self.input.enough if self.scaled else None)
         return np.ascontiguousarray(self.input.shrink(frame, width, height)), width, height
 
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
-    return pa.Table.from_arrays(columns, schema=TABLE)
+    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
+        return pa.Table.from_arrays(columns, schema=TABLE)

@@ -17,7 +17,9 @@ DETECTION = pa.struct(
         ("y2", pa.float32()),
         ("track_id", pa.int64()),
         ("angle", pa.float32()),  # radians, of an oriented box; x1 … y2 are then its envelope
-        ("corners", pa.list_(pa.float32(), 8)),  # x, y of an oriented box's four corners
+        # x, y of an oriented box's four corners, always 8 numbers; not a list of fixed size in Arrow, which
+        # pyarrow cannot read back from Parquet where some are null.
+        ("corners", pa.list_(pa.float32())),
         # COCO's compressed RLE.
         ("mask", pa.struct([("height", pa.int32()), ("width", pa.int32()), ("counts", pa.string())])),
         ("keypoints", pa.list_(pa.struct([("x", pa.float32()), ("y", pa.float32()), ("score", pa.float32())]))),

@@ -88,7 +88,7 @@ class Yolo:
             yolo = YOLO(model, task=None if path.suffix == ".pt" else _exported_task(path))
             self.task = str(yolo.task)
             overrides = {**yolo.overrides, "mode": "predict", "save": False, "verbose": False, "batch": 1, "rect": True}
-            overrides |= {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "half": False}
+            overrides |= {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes}
             overrides |= {"device": 0 if cuda else "cpu"} | ({"imgsz": imgsz} if imgsz else {})
             self.predictor = yolo._smart_load("predictor")(overrides=overrides)
             self.predictor.setup_model(model=yolo.model, verbose=False)

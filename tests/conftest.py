@@ -1,8 +1,8 @@
 """One Ray, one S3 server and one set of made-up scenes for all tests."""
 
+import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,14 +13,16 @@ from typing import Any
 
 import duckdb
 import pytest
-import ultralytics
 
 from shardsight.demo.scenes import Scene, scenes
 from shardsight.demo.writers import jpeg
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
-PHOTOGRAPHS = [Path(ultralytics.__file__).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
+# Found without importing ultralytics, which shardsight.yolo has to do first.
+_ULTRALYTICS = importlib.util.find_spec("ultralytics")
+assert _ULTRALYTICS and _ULTRALYTICS.origin
+PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
 S3_KEY, S3_SECRET = "test-key", "test-secret"
 
 
@@ -123,5 +125,3 @@ def start_job(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)
 
-
-__all__ = ["PHOTOGRAPHS", "ROOT", "S3", "WEIGHTS", "job_of", "rows_of", "shutil", "start_job"]

@@ -3,15 +3,16 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 from pycocotools import mask as rle
-
-import numpy as np
 
 from shardsight.demo.scenes import KEYPOINTS, KINDS, Scene, Shape
 
@@ -39,7 +40,7 @@ def jpeg(scene: Scene) -> bytes:
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(scene.image), quality=92, colorsubsampling="420"))
 
 
-def truth(scene: Scene) -> dict:
+def truth(scene: Scene) -> dict[str, Any]:
     """What is in the scene, ready for JSON."""
     return {
         "shapes": [
@@ -57,7 +58,7 @@ def truth(scene: Scene) -> dict:
     }
 
 
-def coco_rle(mask: np.ndarray) -> dict:
+def coco_rle(mask: np.ndarray) -> dict[str, Any]:
     """bool (H, W) → {"size": [H, W], "counts": str}, COCO's compressed RLE."""
     encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
@@ -99,17 +100,28 @@ def _write_parquet(scenes: Iterable[Scene], out: Path) -> None:
 
 def _write_coco(scenes: Iterable[Scene], out: Path) -> None:
     (out / "images").mkdir(exist_ok=True)
-    images, annotations = [], []
-    for index, scene in enumerate(scenes):
-        (out / "images" / f"{scene.name}.jpg").write_bytes(jpeg(scene))
+
+    def written() -> Iterator[Scene]:
+        for scene in scenes:
+            (out / "images" / f"{scene.name}.jpg").write_bytes(jpeg(scene))
+            yield scene
+
+    (out / "annotations.json").write_text(json.dumps(coco(written())))
+
+
+def coco(scenes: Iterable[Scene]) -> dict[str, Any]:
+    """The truth as COCO's annotations; category n + 1 is KINDS[n]."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index, scene in enumerate(scenes, 1):
         height, width = scene.image.shape[:2]
-        images.append({"id": index + 1, "file_name": f"{scene.name}.jpg", "width": width, "height": height})
+        images.append({"id": index, "file_name": f"{scene.name}.jpg", "width": width, "height": height})
         for shape in scene.shapes:
             x1, y1, x2, y2 = shape.box
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": index + 1,
+                    "image_id": index,
                     "category_id": KINDS.index(shape.kind) + 1,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": int(shape.mask.sum()),
@@ -120,9 +132,8 @@ def _write_coco(scenes: Iterable[Scene], out: Path) -> None:
                     "attributes": {"colour": shape.colour, "word": shape.word},
                 }
             )
-    categories = [{"id": i + 1, "name": kind, "keypoints": list(KEYPOINTS)} for i, kind in enumerate(KINDS)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (out / "annotations.json").write_text(json.dumps(content))
+    categories = [{"id": index, "name": kind, "keypoints": list(KEYPOINTS)} for index, kind in enumerate(KINDS, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _write_yolo(scenes: Iterable[Scene], out: Path, task: str) -> None:
@@ -163,7 +174,5 @@ def _yolo_line(shape: Shape, scene: Scene, task: str) -> str:
 
 def _polygon(mask: np.ndarray) -> np.ndarray:
     """The outline of the largest visible part, (n, 2). A hole is lost: YOLO's labels have none."""
-    import cv2
-
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return max(contours, key=cv2.contourArea).reshape(-1, 2) + 0.5

@@ -1,0 +1,140 @@
+"""The writer: whole files or none, each row once, one run at a time."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import shardsight.results
+from shardsight.coverage import Coverage
+from shardsight.load import TABLE
+from shardsight.records import FRAME, ROW
+from shardsight.results import Busy, Results, lock
+from shardsight.storage import Storage, StorageError
+from tests.conftest import S3, S3_KEY, S3_SECRET
+
+
+def table(*places: tuple[str | None, int], total: int = 10, failed: tuple[int, ...] = ()) -> pa.Table:
+    schema = pa.schema([field for field in TABLE if field.name not in dict(FRAME)])
+    error = {"stage": "decode", "type": "X", "message": "m"}
+    return pa.Table.from_pylist(
+        [
+            {"id": f"{unit}#{n}", "unit": unit, "position": n, "last": n == total - 1, "uri": "u"}
+            | ({"error": error} if n in failed else {})
+            for unit, n in places
+        ],
+        schema=schema,
+    )
+
+
+def ids(results: Results) -> list[str]:
+    return sorted(row["id"] for path, _ in results.files() for row in pq.read_table(path, columns=["id"]).to_pylist())
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    results = Results(str(tmp_path), Storage())
+    results.prepare()
+    return results
+
+
+def test_a_repeated_write_replaces_itself(results: Results) -> None:
+    """Ray may run a write twice: the name follows from the content, so there is one file."""
+    part = table(("a", 1), ("a", 0), (None, 5), (None, 6))
+    results.write(part, 100)
+    results.write(part, 100)
+    assert len(results.files()) == 1
+    assert ids(results) == ["None#5", "None#6", "a#0", "a#1"]
+    assert results.done().units == {"a": [(0, 2)]}
+
+
+def test_rows_that_overlap_otherwise_are_mended(results: Results) -> None:
+    """A retried batch that was cut elsewhere leaves rows twice: a restart leaves each once."""
+    results.write(table(*(("a", n) for n in range(6)), (None, 0), (None, 1)), 100)
+    results.write(table(*(("a", n) for n in range(4, 9)), (None, 1), (None, 2)), 100)
+    done = results.done()
+    assert done.rows == done.positions == 12
+    assert ids(results) == sorted([*(f"a#{n}" for n in range(9)), *(f"None#{n}" for n in range(3))])
+    assert Coverage.union(coverage for _, coverage in results.files()).units == {"a": [(0, 9)]}
+
+
+def test_rows_twice_in_one_write(results: Results) -> None:
+    results.write(table(("a", 0), ("a", 1), ("a", 0), (None, 3), (None, 3)), 100)
+    assert ids(results) == ["None#3", "a#0", "a#1"]
+
+
+def test_errors_are_dropped_with_their_evidence(results: Results) -> None:
+    results.write(table(*(("b", n) for n in range(3)), *(("a", n) for n in range(10)), (None, 5), failed=(1, 5)), 100)
+    results.write(table(("c", 1), total=2, failed=(1,)), 100)
+    results.drop_errors()
+    assert ids(results) == sorted(["b#0", "b#2", *(f"a#{n}" for n in (0, 2, 3, 4, 6, 7, 8, 9))])
+    done = results.done()
+    assert done.units == {"a": [(0, 1), (2, 5), (6, 10)], "b": [(0, 1), (2, 3)]} and done.totals == {"a": 10}
+    assert done.errors.total() == 0 and len(done.files) == 0
+
+
+def test_files_are_no_larger_than_asked(results: Results) -> None:
+    results.write(table(*(("a", n) for n in range(10))), 4)
+    assert sorted(coverage.rows for _, coverage in results.files()) == [2, 4, 4]
+    for path, _ in results.files():
+        assert pq.read_schema(path).remove_metadata() == ROW
+
+
+def test_a_write_that_fails_leaves_nothing(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that lists the folder at the worst moment must see no half of a file."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        results.write(table(("a", 0)), 100)
+    assert list(Path(results.folder).iterdir()) == []
+
+
+def test_foreign_files_are_refused(results: Results) -> None:
+    pq.write_table(pa.table({"a": [1]}), f"{results.folder}/x.parquet")
+    with pytest.raises(StorageError, match="not written by Shardsight"):
+        results.done()
+
+
+def test_lock_on_disk(results: Results) -> None:
+    with lock(results), pytest.raises(Busy), lock(results):
+        pass
+    with lock(results):
+        pass
+
+
+def test_lock_on_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that start together one gets it; a dead run's claim keeps nobody out."""
+    monkeypatch.setattr(shardsight.results, "HEARTBEAT", 0.4)
+    s3.bucket("locks")
+    storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
+    outcomes: list[str] = []
+    together, release = threading.Barrier(3), threading.Event()
+
+    def run() -> None:
+        results = Results("s3://locks/out", storage)
+        together.wait()
+        try:
+            with lock(results):
+                outcomes.append("in")
+                release.wait(20)
+        except Busy:
+            outcomes.append("busy")
+            release.set() if outcomes.count("busy") == 2 else None
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["busy", "busy", "in"]
+
+    storage.write("s3://locks/out/lock/dead", b'{"state": "holding", "beats": 3}')
+    with lock(Results("s3://locks/out", storage)):
+        assert not storage.exists("s3://locks/out/lock/dead")
+    assert list(storage.walk("s3://locks/out/lock")) == []

@@ -1,0 +1,196 @@
+"""The same answers as ultralytics, whatever shares the batch."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+from ultralytics import YOLO
+from ultralytics.utils import nms
+
+from shardsight.demo.score import average_precision
+from shardsight.demo.scenes import Scene, scenes
+from shardsight.demo.writers import TASKS, jpeg
+from shardsight.load import Load
+from shardsight.models import ModelError, inspect
+from shardsight.sources import Record
+from shardsight.storage import Storage
+from shardsight.yolo import Yolo
+from tests.conftest import PHOTOGRAPHS, WEIGHTS
+
+LOW = 0.05  # confidence: enough detections on photographs to compare, which the demo's weights never saw
+
+
+def annotated(model: Yolo, pictures: list[bytes], scaled: bool = False) -> list[dict[str, Any]]:
+    load = Load(Storage(), model.input, scaled)
+    rows = [load.row(Record(None, n, str(n), str(n), data=data)) for n, data in enumerate(pictures)]
+    return model(load.table(rows)).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def pictures(jpegs: list[bytes]) -> list[bytes]:
+    return [path.read_bytes() for path in PHOTOGRAPHS] + jpegs[:12]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_same_as_ultralytics(task: str, pictures: list[bytes], tmp_path: Path) -> None:
+    """Of each picture alone, at ultralytics' defaults: count, boxes, scores and what else a task has."""
+    weights = WEIGHTS / f"{task}.pt"
+    ours = annotated(Yolo(str(weights), conf=LOW, precision="fp32"), pictures)
+    theirs = YOLO(weights)
+    total = 0
+    for index, (row, data) in enumerate(zip(ours, pictures, strict=True)):
+        (tmp_path / f"{index}.jpg").write_bytes(data)
+        result = theirs.predict(tmp_path / f"{index}.jpg", conf=LOW, verbose=False)[0]
+        assert row["error"] is None
+        if task == "classify":
+            assert [c["class_id"] for c in row["classes"]] == result.probs.top5
+            assert np.allclose([c["score"] for c in row["classes"]], result.probs.top5conf, atol=0.005)
+            total += 1
+            continue
+        boxes = result.obb if task == "obb" else result.boxes
+        found = row["detections"]
+        total += len(found)
+        assert len(found) == len(boxes)
+        if not found:
+            continue
+        assert [one["class_id"] for one in found] == boxes.cls.int().tolist()
+        assert np.allclose([one["score"] for one in found], boxes.conf, atol=0.005)
+        assert np.allclose([[one[name] for name in ("x1", "y1", "x2", "y2")] for one in found], boxes.xyxy, atol=0.5)
+        if task == "obb":
+            assert np.allclose([one["corners"] for one in found], boxes.xyxyxyxy.reshape(-1, 8), atol=0.5)
+            assert np.allclose([one["angle"] for one in found], boxes.xywhr[:, 4], atol=0.01)
+        if task == "pose":
+            points = [[(p["x"], p["y"], p["score"]) for p in one["keypoints"]] for one in found]
+            assert np.allclose(points, result.keypoints.data, atol=0.5)
+        if task == "segment":
+            whole = theirs.predict(tmp_path / f"{index}.jpg", conf=LOW, verbose=False, retina_masks=True)[0]
+            assert np.median([overlap(o["mask"], m) for o, m in zip(found, whole.masks.data, strict=True)]) > 0.9
+    assert total >= len(pictures)
+
+
+def overlap(ours: dict[str, Any], theirs: torch.Tensor) -> float:
+    mine = rle.decode({"size": [ours["height"], ours["width"]], "counts": ours["counts"].encode()}).astype(bool)
+    other = theirs.numpy().astype(bool)
+    return float((mine & other).sum() / max(1, (mine | other).sum()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_mates_change_nothing(pictures: list[bytes], precision: str) -> None:
+    """A picture's row is the same alone, in a crowd, and beside other shapes."""
+    model = Yolo(str(WEIGHTS / "detect.pt"), precision=precision, batch_size=16)
+    together = annotated(model, pictures)
+    for row, data in zip(together, pictures, strict=True):
+        (alone,) = annotated(model, [data])
+        assert len(alone["detections"]) == len(row["detections"])
+        for one, other in zip(alone["detections"], row["detections"], strict=True):
+            assert one["label"] == other["label"]
+            assert abs(one["score"] - other["score"]) < (1e-4 if precision == "fp32" else 0.01)
+            assert all(abs(one[side] - other[side]) < 0.5 for side in ("x1", "y1", "x2", "y2"))
+
+
+def test_nms_never_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default ultralytics returns pictures as empty, with a warning, once its NMS has taken two seconds."""
+    prediction = torch.zeros(4, 4 + 6, 50)
+    prediction[:, :4] = torch.rand(4, 4, 50) * 100 + 20
+    prediction[:, 4] = 0.9
+    clock = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr("ultralytics.utils.nms.time.time", lambda: float(next(clock)))
+    assert all(len(found) for found in nms.non_max_suppression(prediction, 0.25, 0.7))
+    given_up = nms.non_max_suppression.func(prediction, 0.25, 0.7)
+    assert not all(len(found) for found in given_up), "the fault that this guards against is gone"
+
+
+def test_nms_is_torchvisions() -> None:
+    """The kernel is loaded without the package, whose import takes seconds in every process."""
+    import torchvision
+
+    boxes = torch.rand(400, 4) * 100
+    boxes[:, 2:] += boxes[:, :2]
+    scores = torch.rand(400)
+    assert nms.TorchNMS.nms(boxes, scores, 0.5).tolist() == torchvision.ops.nms(boxes, scores, 0.5).tolist()
+
+
+def test_a_picture_that_fails_in_the_model_costs_no_other(
+    pictures: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Yolo(str(WEIGHTS / "detect.pt"), precision="fp32", batch_size=8)
+    predict = model.predict
+
+    def fails_on_zidane(frames: list[np.ndarray], boxes: list[Any]) -> list[list[dict[str, Any]]]:
+        if any((box.width, box.height) == (1280, 720) for box in boxes):
+            raise RuntimeError("out of memory")
+        return predict(frames, boxes)
+
+    monkeypatch.setattr(model, "predict", fails_on_zidane)
+    rows = annotated(model, pictures)
+    assert [row["error"] and (row["error"]["stage"], row["error"]["type"]) for row in rows] == [
+        None,
+        ("yolo", "RuntimeError"),
+        *[None] * 12,
+    ]
+
+
+def test_defaults_cost_no_accuracy() -> None:
+    """Reduced decoding and bf16 against full decoding and fp32, over unseen scenes."""
+    some = list(scenes(60, seed=77))
+    encoded = [jpeg(scene) for scene in some]
+    exact, quick = (
+        precision_of(some, annotated(Yolo(str(WEIGHTS / "detect.pt"), conf=0.001, precision=precision), encoded, scaled))
+        for precision, scaled in (("fp32", False), ("auto", True))
+    )
+    assert exact > 0.8
+    assert abs(exact - quick) < 0.01
+
+
+def precision_of(some: list[Scene], rows: list[dict[str, Any]]) -> float:
+    found = {scene.name: row["detections"] for scene, row in zip(some, rows, strict=True)}
+    return average_precision(some, found)["mAP50-95"]
+
+
+def test_exports_open_too(tmp_path: Path, pictures: list[bytes]) -> None:
+    """An ONNX export of a fixed size gives what ultralytics gives with it."""
+    path = YOLO(WEIGHTS / "detect.pt").export(format="onnx", imgsz=320, dynamic=False)
+    target = tmp_path / "detect.onnx"
+    Path(path).rename(target)
+    ours = annotated(Yolo(str(target), conf=LOW), pictures)
+    theirs = YOLO(target, task="detect")
+    for row, data in zip(ours, pictures, strict=True):
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        boxes = theirs.predict(image, conf=LOW, verbose=False)[0].boxes
+        assert len(row["detections"]) == len(boxes)
+        xyxy = [[one[name] for name in ("x1", "y1", "x2", "y2")] for one in row["detections"]]
+        assert not len(boxes) or np.allclose(xyxy, boxes.xyxy, atol=0.5)
+
+
+def test_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    torch.save({"a": 1}, tmp_path / "dictionary.pt")
+    (tmp_path / "bad.onnx").write_bytes(b"x")
+    for name in ("text.pt", "empty.pt", "dictionary.pt", "bad.onnx", "missing.pt"):
+        with pytest.raises(ModelError) as caught:
+            inspect(str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_importing_has_no_effect_on_threads_or_the_net() -> None:
+    import os
+
+    from ultralytics.utils import ONLINE, SETTINGS
+
+    assert os.environ["YOLO_OFFLINE"] == "true" and not ONLINE
+    assert not SETTINGS["sync"]
+    assert os.environ["OMP_NUM_THREADS"] != "1" or os.cpu_count() == 1
+
+
+def test_empty_table_and_failed_rows() -> None:
+    """A block may hold nothing to look at: its rows pass through."""
+    model = Yolo(str(WEIGHTS / "detect.pt"))
+    load = Load(Storage(), model.input)
+    assert len(model(load.table([]))) == 0
+    (row,) = model(load.table([load.row(Record(None, 0, "a", "a", data=b"no picture"))])).to_pylist()
+    assert row["error"]["type"] == "NotAnImage" and row["detections"] is None
