@@ -5,7 +5,8 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 UV = 0.13.9
 BIN = .venv/bin
 
-.PHONY: install
+.PHONY: install demo test lint lock clean
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml requirements.lock Makefile
@@ -13,3 +14,21 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet uv==$(UV)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[$(EXTRA),dev]'
 	touch $@
+
+demo: install
+	$(BIN)/python -m jobs.demo demo-output
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: install
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
+		--extra cpu --extra dev --extra bench pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,9 @@ def annotate(settings: Settings) -> int:
     started = time.monotonic()
     storage = Storage(settings.storage)
     results = Results(absolute(settings.output), storage)
-    listing = Listing(settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/")
+    listing = Listing(
+        settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/"
+    )
     assert settings.yolo
     listing.check()
     model = inspect(absolute(settings.yolo), settings.imgsz)
@@ -176,7 +178,9 @@ def _conclude(job: dict[str, Any], results: Results, settings: Settings) -> int:
         print("shardsight: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if job["status"] == "failed":
-        print("shardsight: some inputs are missing from the results; the same command tries them again", file=sys.stderr)
+        print(
+            "shardsight: some inputs are missing from the results; the same command tries them again", file=sys.stderr
+        )
         return 1
     failed = sum(sum(types.values()) for types in job["errors"].values())
     if job["inputs"] and failed / job["inputs"] > settings.max_error_rate:

@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def page(out: Path, job: dict[str, Any], storage: Storage, count: int) -> str:
     rows = ds.dataset(out / "results", format="parquet")
-    bad = rows.to_table(columns=["id", "error"], filter=pc.is_valid(pc.field("error"))).slice(0, MOST_ERRORS).to_pylist()
+    bad = (
+        rows.to_table(columns=["id", "error"], filter=pc.is_valid(pc.field("error"))).slice(0, MOST_ERRORS).to_pylist()
+    )
     good = rows.head(count, filter=~pc.is_valid(pc.field("error"))).to_pylist()
     labels = _labels(rows)
     numbers = {

@@ -64,7 +64,9 @@ def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan) -
     return (
         ray.data.from_items(work, override_num_blocks=min(len(work), 5000))
         # Retries are bounded: Ray's default has no end, where a record kills whoever reads it.
-        .map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 2})
+        .map_batches(
+            load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 2}
+        )
         .map_batches(
             Annotator,
             fn_constructor_kwargs=arguments | {"threads": plan.threads},

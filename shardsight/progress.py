@@ -73,7 +73,9 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
     table.add_column(overflow="fold")
     errors = Counter({f"{stage}: {type}": n for stage, types in job["errors"].items() for type, n in types.items()})
     table.add_row("inputs", f"{job['inputs']:,}")
-    table.add_row("rows", f"{job['rows']:,}" + (f" ({job['resumed_rows']:,} were there)" if job["resumed_rows"] else ""))
+    table.add_row(
+        "rows", f"{job['rows']:,}" + (f" ({job['resumed_rows']:,} were there)" if job["resumed_rows"] else "")
+    )
     table.add_row("errors", f"{errors.total():,}")
     for kind, count in errors.most_common():
         table.add_row("", f"{count:,} {kind}")

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     inputs: CliPositionalArg[list[str]] = Field(
         [],
         description="files, folders, globs or s3:// prefixes: pictures, .tar (WebDataset), .parquet with encoded "
-        "images, or a .txt/.csv/.jsonl list of uris"
+        "images, or a .txt/.csv/.jsonl list of uris",
     )
     output: str = Field(description="folder or s3:// prefix; holds results/*.parquet and job.json")
     yolo: str | None = Field(None, description="weights (.pt), or an export: .onnx, …_openvino_model/, .engine, …")

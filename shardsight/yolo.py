@@ -25,19 +25,19 @@ os.environ.pop("ULTRALYTICS_API_KEY", None)
 # ultralytics sets it to 1 where it is missing, for every library in the process.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from pycocotools import mask as rle  # noqa: E402
-from ultralytics import YOLO  # noqa: E402
-from ultralytics.engine.results import Results  # noqa: E402
-from ultralytics.utils import SETTINGS, nms  # noqa: E402
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from ultralytics import YOLO
+from ultralytics.engine.results import Results
+from ultralytics.utils import SETTINGS, nms
 
-from shardsight.letterbox import Box, CentreCrop, Letterbox  # noqa: E402
-from shardsight.models import ModelError, ModelInfo  # noqa: E402
-from shardsight.records import CLASS, DETECTION, ERROR, Failure  # noqa: E402
+from shardsight.letterbox import Box, CentreCrop, Letterbox
+from shardsight.models import ModelError, ModelInfo
+from shardsight.records import CLASS, DETECTION, ERROR, Failure
 
 SETTINGS.update(sync=False)
 # torchvision's NMS, which ultralytics prefers to its own where it can; importing all of torchvision takes 6 s.

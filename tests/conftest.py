@@ -124,4 +124,3 @@ def start_job(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.
     environment = {**os.environ, **(env or {})}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)
-

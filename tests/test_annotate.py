@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import signal
 import struct
@@ -31,7 +30,9 @@ def huge_png() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def encoded(format: str, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -164,7 +165,9 @@ def test_retry_errors_runs_only_what_failed(
     folder.mkdir()
     for index, data in enumerate(jpegs[:4]):
         (folder / f"{index}.jpg").write_bytes(data if index != 2 else b"broken")
-    write_tar(folder / "a.tar", [(f"{index}.jpg", data if index != 1 else b"") for index, data in enumerate(jpegs[4:8])])
+    write_tar(
+        folder / "a.tar", [(f"{index}.jpg", data if index != 1 else b"") for index, data in enumerate(jpegs[4:8])]
+    )
     command = (folder, "--output", tmp_path / "out", "--yolo", detector, "--max-error-rate", 1)
     annotate(*command)
     assert sum(1 for row in rows_of(tmp_path / "out") if row["error"]) == 2

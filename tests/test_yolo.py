@@ -11,8 +11,8 @@ from pycocotools import mask as rle
 from ultralytics import YOLO
 from ultralytics.utils import nms
 
-from shardsight.demo.score import average_precision
 from shardsight.demo.scenes import Scene, scenes
+from shardsight.demo.score import average_precision
 from shardsight.demo.writers import TASKS, jpeg
 from shardsight.load import Load
 from shardsight.models import ModelError, inspect
@@ -139,7 +139,9 @@ def test_defaults_cost_no_accuracy() -> None:
     some = list(scenes(60, seed=77))
     encoded = [jpeg(scene) for scene in some]
     exact, quick = (
-        precision_of(some, annotated(Yolo(str(WEIGHTS / "detect.pt"), conf=0.001, precision=precision), encoded, scaled))
+        precision_of(
+            some, annotated(Yolo(str(WEIGHTS / "detect.pt"), conf=0.001, precision=precision), encoded, scaled)
+        )
         for precision, scaled in (("fp32", False), ("auto", True))
     )
     assert exact > 0.8

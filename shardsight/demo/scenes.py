@@ -21,10 +21,38 @@ COLOURS = {  # RGB
     "white": (245, 245, 240),
     "yellow": (245, 220, 35),
 }
-WORDS = (
-    "apple bird cloud door earth fire glass hill iron jazz kite lamp moon nest ocean park queen "
-    "river stone tree unit voice wind yard zebra book coin dust echo farm"
-).split()
+WORDS = [
+    "apple",
+    "bird",
+    "cloud",
+    "door",
+    "earth",
+    "fire",
+    "glass",
+    "hill",
+    "iron",
+    "jazz",
+    "kite",
+    "lamp",
+    "moon",
+    "nest",
+    "ocean",
+    "park",
+    "queen",
+    "river",
+    "stone",
+    "tree",
+    "unit",
+    "voice",
+    "wind",
+    "yard",
+    "zebra",
+    "book",
+    "coin",
+    "dust",
+    "echo",
+    "farm",
+]
 KEYPOINTS = ("centre", "top", "right", "bottom", "left")
 SIZES = ((640, 480), (480, 640), (640, 360), (512, 512), (600, 400))  # (width, height)
 SMALLEST, LARGEST = 10, 300  # of a shape's side, pixels
@@ -143,7 +171,7 @@ _OUTLINES = {
     "triangle": np.array([(0, -0.5), (0.5, 0.4), (-0.5, 0.4)]),
 }
 _CROSSING = np.array([(0, 0), (0, -0.5), (0.5, 0), (0, 0.5), (-0.5, 0)])  # in the order of KEYPOINTS
-_KEYPOINTS = {kind: _CROSSING for kind in KINDS} | {
+_KEYPOINTS = dict.fromkeys(KINDS, _CROSSING) | {
     "square": _CROSSING * 0.9,
     "star": np.array([(0, 0), *_star()[[0, 2, 5, 8]]]),
     "triangle": np.array([(0, 0), (0, -0.5), (0.5, 0.4), (0, 0.4), (-0.5, 0.4)]),

@@ -13,7 +13,9 @@ from shardsight.demo.scenes import KINDS, Scene
 from shardsight.demo.writers import coco
 
 
-def average_precision(scenes: Iterable[Scene], rows: dict[str, list[dict[str, Any]]], masks: bool = False) -> dict[str, float]:
+def average_precision(
+    scenes: Iterable[Scene], rows: dict[str, list[dict[str, Any]]], masks: bool = False
+) -> dict[str, float]:
     """mAP50-95 and mAP50 of `detections` by scene name; of their boxes, or of their masks."""
     truth = COCO()
     truth.dataset = coco(scenes)
