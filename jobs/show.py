@@ -5,6 +5,7 @@ import base64
 import html
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _labels(rows: ds.Dataset) -> list[tuple[str, int]]:
     return found.most_common()
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=table><table><tr>{cells}</tr>{body}</table></div>"
@@ -107,13 +108,14 @@ def _figure(row: dict[str, Any], storage: Storage) -> str:
     try:
         picture = _draw(row, _bytes(row, storage))
     except (Failure, OSError) as error:
-        return f"<figure><figcaption>{name}<span>not to be read any more: {html.escape(str(error))}</span></figcaption></figure>"
+        return f"<figure><figcaption>{name}<span>{html.escape(f'cannot be read: {error}')}</span></figcaption></figure>"
     _, encoded = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     source = f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
     found = row["classes"][:1] if row["classes"] else row["detections"] or []
     counts = Counter(one["label"] for one in found)
     words = html.escape(", ".join(f"{n} {label}" for label, n in counts.items()) or "nothing")
-    return f"<figure><img alt='{name}: {words}' src='{source}'><figcaption>{name}<span>{words}</span></figcaption></figure>"
+    caption = f"<figcaption>{name}<span>{words}</span></figcaption>"
+    return f"<figure><img alt='{name}: {words}' src='{source}'>{caption}</figure>"
 
 
 def _bytes(row: dict[str, Any], storage: Storage) -> bytes:

@@ -21,7 +21,7 @@ BYTES, SECONDS = 128 << 20, 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Processes and their size. actors: least and most; cpus, gpus: what Ray reserves for one; threads: it computes with."""
+    """actors: least and most. cpus, gpus: what Ray reserves for one. threads: that it computes with."""
 
     actors: tuple[int, int]
     cpus: float
@@ -86,7 +86,7 @@ def write(results: Results, rows_per_file: int, *blocks: pa.Table) -> Written:
 
 
 def run(rows: Dataset, results: Results, rows_per_file: int) -> Iterator[tuple[int, list[Written]]]:
-    """Write rows as they come; yields how many came, and what has been written since. Interrupted, it writes what it has."""
+    """Write rows as they come; yields how many came and what was written. Interrupted, it writes what it has."""
     waiting: list[Any] = []
     writing: list[Any] = []
     held, size, since = 0, 0, time.monotonic()

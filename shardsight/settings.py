@@ -72,7 +72,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
 
@@ -159,7 +159,7 @@ def parse(arguments: list[str]) -> Settings:
         source: Any = CliSettingsSource(
             Settings, cli_parse_args=arguments, cli_exit_on_error=False, parse_args_method=parse_args
         )
-        return Settings(_cli_settings_source=source, **(values | verbatim))
+        return Settings(_cli_settings_source=source, **(values | verbatim))  # type: ignore[call-arg]
     except ValidationError as error:
         raise UsageError(_sentence(error)) from None
     except SettingsError as error:

@@ -236,8 +236,8 @@ def _beside(uri: str, entry: str) -> str:
 
 def _entry(row: dict[str, Any], column: str | None, uri: str) -> str:
     for name in (column,) if column else URI_COLUMNS:
-        if isinstance(row.get(name), str):  # type: ignore[arg-type]
-            return str(row[name])  # type: ignore[index]
+        if isinstance(row.get(name), str):
+            return str(row[name])
     wanted = column or ", ".join(URI_COLUMNS)
     raise InputError(f"{uri} has no column {wanted}, but {', '.join(map(str, row))}: name it with --uri-column")
 
@@ -427,7 +427,7 @@ class _Tar:
         self.file = file
         self.cut = False  # a picture was cut short, which its record says
         try:
-            self.tar = tarfile.open(fileobj=file, mode="r:")
+            self.tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closed with `file`)
         except tarfile.ReadError as error:
             file.seek(0)
             empty = not file.read(1)
@@ -458,7 +458,7 @@ class _Tar:
             raise Failure("TruncatedTar", f"the archive ends within this member of {member.size:,} bytes") from None
 
     def _check_end(self) -> None:
-        offset = self.tar.offset  # type: ignore[attr-defined]
+        offset = self.tar.offset
         self.file.seek(offset)
         block = self.file.read(512)
         if not block.strip(b"\0"):

@@ -66,7 +66,7 @@ class Storage:
         """A seekable file that holds no more than a chunk of a remote one in memory."""
         if not is_remote(uri):
             return open(uri, "rb")
-        return io.BufferedReader(_RemoteFile(self, uri), 1 << 20)  # type: ignore[type-var]
+        return io.BufferedReader(_RemoteFile(self, uri), 1 << 20)
 
     def write(self, uri: str, data: bytes) -> None:
         """Readers see the whole of it or nothing, and what was there before is replaced."""

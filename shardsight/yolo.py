@@ -49,6 +49,9 @@ if _torchvision and _torchvision.origin:
 nms.non_max_suppression = functools.partial(nms.non_max_suppression, max_time_img=math.inf)
 
 
+_SIDES = ("x1", "y1", "x2", "y2")
+
+
 def describe(path: str, imgsz: int | list[int] | None, answer: str) -> None:
     """Write a model's ModelInfo, or the ModelError, pickled, into the file `answer`."""
     try:
@@ -94,7 +97,7 @@ class Yolo:
             self.predictor.setup_model(model=yolo.model, verbose=False)
             self.predictor.setup_source([np.zeros((64, 64, 3), np.uint8)])
         except Exception as error:
-            raise ModelError(f"{model} is not a YOLO model that can be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{model} cannot be loaded as a YOLO model: {_first_line(error)}") from error
         self.backend = self.predictor.model
         self.names: dict[int, str] = dict(self.backend.names)
         self.native = self.backend.format == "pt"
@@ -191,7 +194,7 @@ class Yolo:
         boxes = result.obb if self.task == "obb" else result.boxes
         xyxy, scores, classes = (part.float().cpu().numpy() for part in (boxes.xyxy, boxes.conf, boxes.cls))
         rows = [
-            self._label(int(label)) | {"score": float(score)} | dict(zip(("x1", "y1", "x2", "y2"), map(float, corner)))
+            self._label(label) | {"score": float(score)} | dict(zip(_SIDES, map(float, corner), strict=True))
             for corner, score, label in zip(xyxy, scores, classes, strict=True)
         ]
         if self.task == "obb":

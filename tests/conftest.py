@@ -71,7 +71,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
     folder = tmp_path_factory.mktemp("s3")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % probe.getsockname()[1]
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     rclone = Path(sys.executable).parent / "rclone"
     log = folder.with_suffix(".log").open("w")
     server = subprocess.Popen(

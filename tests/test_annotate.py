@@ -181,7 +181,7 @@ def test_retry_errors_runs_only_what_failed(
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_job_goes_on(tmp_path: Path, jpegs: list[bytes], detector: Path, kill: signal.Signals) -> None:
-    """Ctrl-C or a killed driver in mid-job: the same command ends with each id once, and decodes no finished one again."""
+    """Ctrl-C or a killed driver: the same command ends with each id once, and decodes no finished one again."""
     folder = tmp_path / "in"
     folder.mkdir()
     for shard in range(4):

@@ -1,5 +1,7 @@
 """Coverage, the evidence that every input is there once."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def test_merge_is_the_union(ranges: list[tuple[int, int]]) -> None:
     merged = merge(ranges)
     assert {p for start, stop in merged for p in range(start, stop)} == {p for a, b in ranges for p in range(a, b)}
     assert all(a < b for a, b in merged)
-    assert all(before[1] < after[0] for before, after in zip(merged, merged[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(merged))
 
 
 def row(unit: int, position: int, total: int) -> dict[str, object]:

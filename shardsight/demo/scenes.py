@@ -229,7 +229,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 def _surface(rng: np.random.Generator, colour: str, width: int, height: int) -> np.ndarray:
     """A colour, slightly off and slightly shaded across the picture, float32 (H, W, 3)."""
     shade = cv2.resize(rng.normal(0, 8, (2, 2, 1)).astype(np.float32), (width, height))
-    return np.float32(COLOURS[colour]) + rng.normal(0, 6, 3).astype(np.float32) + shade[:, :, None]
+    return np.array(COLOURS[colour], np.float32) + rng.normal(0, 6, 3).astype(np.float32) + shade[:, :, None]
 
 
 def _paint(image: np.ndarray, alpha: np.ndarray, surface: np.ndarray) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,19 @@ def _write_folder(scenes: Iterable[Scene], out: Path) -> None:
 
 
 def _write_tar(scenes: Iterable[Scene], out: Path, per_shard: int = 100) -> None:
-    shard = None
-    for index, scene in enumerate(scenes):
-        if index % per_shard == 0:
-            if shard:
-                shard.close()
-            shard = tarfile.open(out / f"shard-{index // per_shard:06d}.tar", "w")
-        assert shard
-        for suffix, data in (("jpg", jpeg(scene)), ("json", json.dumps(truth(scene)).encode())):
-            member = tarfile.TarInfo(f"{scene.name}.{suffix}")
-            member.size = len(data)
-            shard.addfile(member, io.BytesIO(data))
-    if shard:
-        shard.close()
+    for number, shard in enumerate(batched(scenes, per_shard)):
+        with tarfile.open(out / f"shard-{number:06d}.tar", "w") as tar:
+            for scene in shard:
+                for suffix, data in (("jpg", jpeg(scene)), ("json", json.dumps(truth(scene)).encode())):
+                    member = tarfile.TarInfo(f"{scene.name}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def batched(scenes: Iterable[Scene], count: int) -> Iterator[list[Scene]]:
+    remaining = iter(scenes)
+    while batch := list(islice(remaining, count)):
+        yield batch
 
 
 def _write_parquet(scenes: Iterable[Scene], out: Path) -> None:

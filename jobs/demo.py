@@ -1,0 +1,81 @@
+"""The whole flow on made-up scenes and two photographs: `make demo`, or `python -m jobs.demo OUT`.
+
+Writes shards with a handful of broken files among them, annotates them, prints the accuracy against the
+scenes' truth, and leaves a page to look at.
+"""
+
+import importlib.util
+import io
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from jobs import annotate, show
+from shardsight.demo.scenes import Scene, scenes
+from shardsight.demo.score import average_precision
+from shardsight.demo.writers import jpeg, write
+
+SEED = 7
+EACH = 60  # scenes in the tars, in Parquet and in the folder
+WEIGHTS = Path(importlib.util.find_spec("shardsight.demo").submodule_search_locations[0]) / "weights"  # type: ignore
+
+
+def main(arguments: list[str] | None = None) -> int:
+    out = Path((sys.argv[1:] if arguments is None else arguments)[0]).absolute()
+    shards, results = out / "shards", out / "annotated"
+    shutil.rmtree(shards, ignore_errors=True)
+    made = list(scenes(3 * EACH, SEED))
+    for number, format in enumerate(("tar", "parquet", "folder")):
+        write(made[number * EACH : (number + 1) * EACH], shards / format, format)
+    _break_some(shards, made[0])
+    command = [str(shards), *map(str, photographs()), "--output", str(results), "--yolo", str(WEIGHTS / "detect.pt")]
+    print(f"python -m jobs.annotate {' '.join(command)}", flush=True)
+    code = annotate.main([*command, "--overwrite"])
+    if code:
+        return code
+    figures = average_precision(made, _found(results, made))
+    print(f"boxes against the truth of {len(made)} scenes: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    return show.main([str(results), "--page", str(out / "page.html")])
+
+
+def photographs() -> list[Path]:
+    """The two that ship inside ultralytics."""
+    package = importlib.util.find_spec("ultralytics")
+    assert package and package.origin
+    return [Path(package.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
+
+
+def _break_some(shards: Path, scene: Scene) -> None:
+    whole = jpeg(scene)
+    (shards / "folder" / "images" / "empty.jpg").touch()
+    (shards / "folder" / "images" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (shards / "folder" / "images" / "text.jpg").write_text("no picture")
+    with tarfile.open(shards / "tar" / "cut.tar", "w") as tar:
+        for name in ("whole.jpg", "lost.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(whole)
+            tar.addfile(member, io.BytesIO(whole))
+    data = (shards / "tar" / "cut.tar").read_bytes()
+    (shards / "tar" / "cut.tar").write_bytes(data[: len(whole) * 3 // 2])
+
+
+def _found(results: Path, made: list[Scene]) -> dict[str, list[dict[str, Any]]]:
+    """Detections by scene; a Parquet row is known by its metadata, the others by their file."""
+    rows = ds.dataset(results / "results", format="parquet").to_table(columns=["id", "metadata", "detections"])
+    names = {scene.name for scene in made}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for row in rows.to_pylist():
+        stem = row["id"].rpartition("/")[2].rpartition("#")[2].removesuffix(".jpg")
+        if ".parquet#" in row["id"]:
+            stem = made[EACH + int(stem)].name
+        if stem in names:
+            found[stem] = row["detections"] or []
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
