@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from shardsight.coverage import Coverage
 from shardsight.records import PLACE, ROW, STAGES
-from shardsight.storage import Storage, StorageError, is_remote
+from shardsight.storage import Storage, StorageError, explain, is_remote
 
 FOOTER = b"shardsight"
 _EVIDENCE = ["unit", "position", "last", "id", "error"]
@@ -196,7 +196,10 @@ class _Claim:
         self.stop = threading.Event()
 
     def __enter__(self) -> None:
-        self._beat()
+        try:
+            self._beat()
+        except Exception as error:
+            raise StorageError(explain(self.results.out, error)) from error
         threading.Thread(target=self._keep_alive, daemon=True).start()
         try:
             watched: dict[str, tuple[dict[str, Any], float]] = {}

@@ -15,7 +15,7 @@ import duckdb
 import pytest
 
 from shardsight.demo.scenes import Scene, scenes
-from shardsight.demo.writers import jpeg
+from shardsight.demo.writers import TASKS, jpeg
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
@@ -23,6 +23,7 @@ WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
+TRAINED = [task for task in TASKS if (WEIGHTS / f"{task}.pt").exists()]
 S3_KEY, S3_SECRET = "test-key", "test-secret"
 
 
@@ -75,7 +76,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
     rclone = Path(sys.executable).parent / "rclone"
     log = folder.with_suffix(".log").open("w")
     server = subprocess.Popen(
-        [rclone, "serve", "s3", "--auth-key", f"{S3_KEY},{S3_SECRET}", "--addr", address, str(folder)],
+        [
+            rclone,
+            "serve",
+            "s3",
+            "--dir-cache-time",
+            "0s",
+            "--auth-key",
+            f"{S3_KEY},{S3_SECRET}",
+            "--addr",
+            address,
+            str(folder),
+        ],
         stderr=log,
     )
     for _ in range(200):

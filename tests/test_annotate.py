@@ -320,7 +320,7 @@ def test_lists_and_uri_columns(tmp_path: Path, jpegs: list[bytes], annotate: Ann
 
 
 @pytest.fixture(scope="module")
-def segmented(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from jobs.annotate import main
 
     folder, out = tmp_path_factory.mktemp("in"), tmp_path_factory.mktemp("out")
@@ -328,15 +328,15 @@ def segmented(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPa
         (folder / f"{index}.jpg").write_bytes(jpegs[index])
     (folder / "broken.jpg").write_bytes(b"x")
     shutil.copy(PHOTOGRAPHS[0], folder)
-    command = [str(folder), "--output", str(out), "--yolo", str(WEIGHTS / "segment.pt"), "--max-error-rate", "1"]
+    command = [str(folder), "--output", str(out), "--yolo", str(WEIGHTS / "detect.pt"), "--max-error-rate", "1"]
     assert main([*command, "--keep-images", "--rows-per-file", "3"]) == 0
     return out
 
 
-def test_the_readers_that_people_use(segmented: Path) -> None:
+def test_the_readers_that_people_use(finished: Path) -> None:
     """DuckDB's line of the design as written, pandas, Polars and datasets open what the job wrote."""
     counted = duckdb.sql(
-        f"select d.label, count(*) from '{segmented}/results/*.parquet', unnest(detections) as t(d) group by 1"
+        f"select d.label, count(*) from '{finished}/results/*.parquet', unnest(detections) as t(d) group by 1"
     ).fetchall()
     assert counted and all(label and count for label, count in counted)
 
@@ -344,29 +344,13 @@ def test_the_readers_that_people_use(segmented: Path) -> None:
     import pandas
     import polars
 
-    files = str(segmented / "results" / "*.parquet")
-    assert len(pandas.read_parquet(segmented / "results")) == 8
+    files = str(finished / "results" / "*.parquet")
+    assert len(pandas.read_parquet(finished / "results")) == 8
     assert polars.read_parquet(files).height == 8
     assert polars.read_parquet(files)["error"].drop_nulls().len() == 1
-    cache = str(segmented / "cache")
+    cache = str(finished / "cache")
     assert len(datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)) == 8
-    for path in (segmented / "results").glob("*.parquet"):
+    for path in (finished / "results").glob("*.parquet"):
         file = pq.ParquetFile(path)
         assert file.schema_arrow.remove_metadata() == ROW
         assert file.metadata.num_rows <= 3
-
-
-def test_masks_are_of_the_original_picture(segmented: Path) -> None:
-    from pycocotools import mask as rle
-
-    for row in rows_of(segmented):
-        if row["error"]:
-            assert row["image"] == b"x"
-            continue
-        assert row["image"]
-        for found in row["detections"]:
-            assert (found["mask"]["height"], found["mask"]["width"]) == (row["height"], row["width"])
-            encoded = {"size": [row["height"], row["width"]], "counts": found["mask"]["counts"].encode()}
-            x, y, width, height = rle.toBbox(encoded)
-            assert found["x1"] - 1 <= x and x + width <= found["x2"] + 1
-            assert found["y1"] - 1 <= y and y + height <= found["y2"] + 1

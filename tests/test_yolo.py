@@ -13,13 +13,13 @@ from ultralytics.utils import nms
 
 from shardsight.demo.scenes import Scene, scenes
 from shardsight.demo.score import average_precision
-from shardsight.demo.writers import TASKS, jpeg
+from shardsight.demo.writers import jpeg
 from shardsight.load import Load
 from shardsight.models import ModelError, inspect
 from shardsight.sources import Record
 from shardsight.storage import Storage
 from shardsight.yolo import Yolo
-from tests.conftest import PHOTOGRAPHS, WEIGHTS
+from tests.conftest import PHOTOGRAPHS, TRAINED, WEIGHTS
 
 LOW = 0.05  # confidence: enough detections on photographs to compare, which the demo's weights never saw
 
@@ -35,7 +35,7 @@ def pictures(jpegs: list[bytes]) -> list[bytes]:
     return [path.read_bytes() for path in PHOTOGRAPHS] + jpegs[:12]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TRAINED)
 def test_same_as_ultralytics(task: str, pictures: list[bytes], tmp_path: Path) -> None:
     """Of each picture alone, at ultralytics' defaults: count, boxes, scores and what else a task has."""
     weights = WEIGHTS / f"{task}.pt"
