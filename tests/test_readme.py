@@ -1,0 +1,58 @@
+"""The README's commands, as they stand."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.timeout(900)
+def test_commands_in_their_order(s3: S3, jpegs: list[bytes]) -> None:
+    """A stranger types what the README says, top to bottom. Of the S3 command only the names are another's."""
+    bucket = s3.bucket("bucket")
+    (bucket / "shards").mkdir()
+    (bucket / "shards" / "a.jpg").write_bytes(jpegs[0])
+    environment = {**os.environ, "AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
+    environment.pop("RAY_ADDRESS", None)
+    environment["PATH"] = f"{ROOT / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
+    assert BLOCKS
+    for block in BLOCKS:
+        command = block.replace("http://127.0.0.1:9000", s3.url).replace(
+            "--yolo weights.pt", f"--yolo {WEIGHTS}/detect.pt"
+        )
+        done = subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+    assert (ROOT / "demo-output" / "page.html").stat().st_size > 100_000
+    assert (ROOT / "demo-output" / "mine" / "page.html").exists()
+    assert list((bucket / "out" / "results").glob("*.parquet"))
+
+
+def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
+    """`jobs` and `tests` would collide with other packages of these names."""
+    import sys
+    import zipfile
+
+    subprocess.run(
+        [ROOT / ".venv" / "bin" / "uv", "build", "--quiet", "--wheel", "--out-dir", tmp_path, ROOT],
+        check=True,
+        env={**os.environ, "UV_PYTHON": sys.executable},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"shardsight"}
+    assert "shardsight/demo/weights/detect.pt" in names
+
+
+def test_nothing_of_this_machine_is_committed() -> None:
+    """No address of a package index in the lock, no file over 10 MB."""
+    assert not re.search(r"https?://|file://|--(extra-)?index", (ROOT / "requirements.lock").read_text())
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.rstrip("\0").split("\0"):
+        path = ROOT / name
+        assert not path.exists() or path.stat().st_size < 10 << 20, name
