@@ -66,7 +66,9 @@ def page(out: Path, job: dict[str, Any], storage: Storage, count: int) -> str:
     bad = (
         rows.to_table(columns=["id", "error"], filter=pc.is_valid(pc.field("error"))).slice(0, MOST_ERRORS).to_pylist()
     )
-    good = rows.head(count, filter=~pc.is_valid(pc.field("error"))).to_pylist()
+    # Spread over all there is: units in their order, then loose files.
+    chosen = np.unique(np.linspace(0, rows.count_rows() - 1, count).astype(int))
+    good = [row for row in rows.take(chosen).to_pylist() if not row["error"]]
     labels = _labels(rows)
     numbers = {
         "inputs": f"{job['inputs']:,}",
