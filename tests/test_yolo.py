@@ -1,5 +1,8 @@
 """The same answers as ultralytics, whatever shares the batch."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +182,16 @@ def test_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_importing_has_no_effect_on_threads_or_the_net() -> None:
-    import os
-
-    from ultralytics.utils import ONLINE, SETTINGS
-
-    assert os.environ["YOLO_OFFLINE"] == "true" and not ONLINE
-    assert not SETTINGS["sync"]
-    assert os.environ["OMP_NUM_THREADS"] != "1" or os.cpu_count() == 1
+def test_importing_is_quiet_and_changes_no_threads() -> None:
+    """In a fresh process: no probe of the net, no telemetry, no single-threaded numpy for everybody else."""
+    check = (
+        "import os, shardsight.yolo; from ultralytics.utils import ONLINE, SETTINGS; "
+        "assert not ONLINE and not SETTINGS['sync']; "
+        "assert os.environ['OMP_NUM_THREADS'] == str(os.cpu_count()); "
+        "assert 'torchvision' not in __import__('sys').modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "YOLO_OFFLINE")}
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
 
 
 def test_empty_table_and_failed_rows() -> None:
