@@ -1,7 +1,8 @@
 """Train the demo's YOLOv8 weights on made-up scenes: `python -m shardsight.demo.train --work DIR`.
 
-Each task's scenes, checkpoints and figures stay in DIR, so that a stopped run goes on where it was.
-The finished weights, in half precision, replace those in shardsight/demo/weights.
+Each task's scenes and checkpoints stay in DIR, so that a stopped run goes on where it was. The finished
+weights, in half precision, replace those in shardsight/demo/weights. With `--further SEED` training starts
+from the weights that are there, on scenes of that seed and at half the learning rate.
 """
 
 import argparse
@@ -38,26 +39,27 @@ RECIPES = {
 _SUFFIX = {"detect": "", "segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}
 
 
-def train(task: str, work: Path) -> None:
+def train(task: str, work: Path, further: int | None = None) -> None:
     """Train one task's model, measure it on scenes that it never saw, and put it among the weights."""
     import torch
     import yaml
     from ultralytics import YOLO
 
     recipe = RECIPES[task]
-    data = _data(task, recipe, work / task)
+    data = _data(task, recipe, work / task, TRAIN_SEED if further is None else further)
     config = work / f"yolov8n{_SUFFIX[task]}.yaml"
     config.write_text(yaml.safe_dump(_architecture(task, recipe.width)))
     last = work / "runs" / task / "weights" / "last.pt"
 
     torch.set_num_threads(os.cpu_count() or 1)
-    model = YOLO(str(last if last.exists() else config))
+    model = YOLO(str(last if last.exists() else config if further is None else WEIGHTS / f"{task}.pt"))
     # Twice as fast on a CPU as fp32 in channels-first, which is what ultralytics does there.
     model.add_callback("on_pretrain_routine_end", _bf16_channels_last)
+    rate = 0.002 if further is None else 0.001
     model.train(
         **{"data": str(data), "imgsz": recipe.imgsz, "epochs": recipe.epochs, "resume": last.exists()},
         **{"batch": 16, "workers": 2, "device": "cpu" if not torch.cuda.is_available() else 0, "cache": "ram"},
-        **{"optimizer": "AdamW", "lr0": 0.002, "lrf": 0.01, "warmup_epochs": 0.5, "amp": False, "val": False},
+        **{"optimizer": "AdamW", "lr0": rate, "lrf": 0.01, "warmup_epochs": 0.5, "amp": False, "val": False},
         # Every scene is new already: no mosaic, which would cut shapes in a way that scenes never do.
         **{"mosaic": 0, "scale": 0.1, "translate": 0.05, "hsv_h": 0, "hsv_s": 0.2, "hsv_v": 0.2},
         **{"auto_augment": None, "erasing": 0, "plots": False, "seed": 0},
@@ -72,10 +74,10 @@ def train(task: str, work: Path) -> None:
     path.write_text(json.dumps(known | {task: figures}, indent=1, sort_keys=True) + "\n")
 
 
-def _data(task: str, recipe: Recipe, folder: Path) -> Path:
+def _data(task: str, recipe: Recipe, folder: Path, seed: int) -> Path:
     done = folder / "done"
     if not done.exists():
-        write(scenes(recipe.scenes, TRAIN_SEED), folder / "train", "yolo", task)
+        write(scenes(recipe.scenes, seed), folder / "train", "yolo", task)
         write(scenes(UNSEEN, UNSEEN_SEED), folder / "val", "yolo", task)
         if task != "classify":
             text = (folder / "train" / "data.yaml").read_text()
@@ -129,10 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where scenes and checkpoints go")
     parser.add_argument("--task", choices=TASKS, action="append", help="repeatable; all by default")
+    parser.add_argument("--further", type=int, metavar="SEED", help="go on from the weights that are there")
     args = parser.parse_args()
     os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_CONFIG_DIR=str(args.work.resolve()))
     for task in args.task or TASKS:
-        train(task, args.work.resolve())
+        train(task, args.work.resolve(), args.further)
 
 
 if __name__ == "__main__":
