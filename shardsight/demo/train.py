@@ -9,10 +9,12 @@ import argparse
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from shardsight.demo.scenes import scenes
+from shardsight.demo.scenes import scene
 from shardsight.demo.writers import TASKS, write
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -77,8 +79,9 @@ def train(task: str, work: Path, further: int | None = None) -> None:
 def _data(task: str, recipe: Recipe, folder: Path, seed: int) -> Path:
     done = folder / "done"
     if not done.exists():
-        write(scenes(recipe.scenes, seed), folder / "train", "yolo", task)
-        write(scenes(UNSEEN, UNSEEN_SEED), folder / "val", "yolo", task)
+        for part, count, start in (("train", recipe.scenes, seed), ("val", UNSEEN, UNSEEN_SEED)):
+            with get_context("spawn").Pool() as pool:
+                write(pool.imap(partial(scene, seed=start), range(count), chunksize=8), folder / part, "yolo", task)
         if task != "classify":
             text = (folder / "train" / "data.yaml").read_text()
             text = text.replace("train: images", "train: train/images").replace("val: images", "val: val/images")
