@@ -5,7 +5,7 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 UV = 0.13.9
 BIN = .venv/bin
 
-.PHONY: install demo test lint lock clean
+.PHONY: install demo test chaos lint lock clean
 
 install: .venv/installed
 
@@ -19,7 +19,11 @@ demo: install
 	$(BIN)/python -m jobs.demo demo-output
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# The long proofs: processes killed at random moments, a faulty store, large inputs.
+chaos: install
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 lint: install
 	$(BIN)/ruff check .

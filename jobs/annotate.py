@@ -24,7 +24,8 @@ from shardsight.settings import Settings, UsageError, parse
 from shardsight.sources import InputError, Listing, absolute
 from shardsight.storage import Storage, StorageError, explain
 
-PASSES = 3  # over what a pass lost, because a process died in it
+# A second pass over what the first lost, because a process died in it; a third that takes each record alone.
+PASSES = ("quick", "quick", "careful")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,10 +65,10 @@ def annotate(settings: Settings) -> int:
         stages = {stage: Counter[str]() for stage in STAGES}
         before = done.rows
         try:
-            for _ in range(PASSES):
+            for kind in PASSES:
                 if not units:
                     break
-                _pass(units, done, listing, settings, model, results, stages)
+                _pass(units, kind == "careful", done, listing, settings, model, results, stages)
                 done = results.done()
                 units = list(listing.left(done))
             job["status"] = "failed" if units else "done"
@@ -102,6 +103,7 @@ def _what_is_there(results: Results, settings: Settings) -> Coverage:
 
 def _pass(
     units: list[Any],
+    careful: bool,
     done: Coverage,
     listing: Listing,
     settings: Settings,
@@ -114,7 +116,7 @@ def _pass(
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
     arguments = {"model": model.path, **{name: getattr(settings, name) for name in names}}
     plan = pipeline.plan(settings.yolo_actors, settings.gpus_per_actor)
-    rows = pipeline.flow(units, load, arguments, plan)
+    rows = pipeline.flow(units, load, arguments, plan, careful)
     written: Written
     with Progress(done.positions, None if listing.units else len(listing.files)) as progress:
         for count, finished in pipeline.run(rows, results, settings.rows_per_file):

@@ -1,10 +1,12 @@
 """What is known of a model before it is loaded, so that the driver stays free of torch."""
 
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from shardsight.letterbox import CentreCrop, Letterbox
@@ -29,9 +31,15 @@ def inspect(path: str, imgsz: int | list[int] | None = None) -> ModelInfo:
     """Load a YOLO model once, in a process of its own, and tell what it is. Raises ModelError."""
     if not Path(path).exists():
         raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
+    return _inspect(path, tuple(imgsz) if isinstance(imgsz, list) else imgsz, os.stat(path).st_mtime_ns)
+
+
+@lru_cache
+def _inspect(path: str, imgsz: int | tuple[int, ...] | None, changed: int) -> ModelInfo:
+    """Once for each state of the file: it takes seconds."""
     with tempfile.NamedTemporaryFile() as answer:
         child = "import sys, pickle; from shardsight.yolo import describe; describe(*pickle.loads(eval(sys.argv[1])))"
-        arguments = repr(pickle.dumps((path, imgsz, answer.name)))
+        arguments = repr(pickle.dumps((path, list(imgsz) if isinstance(imgsz, tuple) else imgsz, answer.name)))
         done = subprocess.run([sys.executable, "-c", child, arguments], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

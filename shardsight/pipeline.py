@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from shardsight.careful import Careful
 from shardsight.load import Load
 from shardsight.results import Results, Written
 from shardsight.sources import Unit
@@ -52,31 +53,40 @@ class Annotator:
         return self.model(table)
 
 
-def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan) -> Dataset:
-    """Units → annotated rows. What a dying process takes with it is missing from them."""
+def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan, careful: bool = False) -> Dataset:
+    """Units → annotated rows. What a dying process takes with it is missing from them, unless it is `careful`."""
+    arguments = arguments | {"threads": plan.threads}
+    resources = {"num_cpus": plan.cpus, "num_gpus": plan.gpus}
     context = DataContext.get_current()
-    context.target_max_block_size = 32 << 20  # of frames: a block is what one call of the model gets
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # the driver sees from the footers what is missing
-    # Of arguments that go in 2.64; the pinned release has no other way to bound its retries.
-    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+    # A block is what one call of the model gets, of frames; or what is not yet written.
+    context.target_max_block_size = 64 << 10 if careful else 32 << 20
+    context.max_errored_blocks = 0 if careful else -1  # the driver sees from the footers what is missing
     work = [{"unit": pickle.dumps(unit)} for unit in units]
-    return (
-        ray.data.from_items(work, override_num_blocks=min(len(work), 5000))
-        # Retries are bounded: Ray's default has no end, where a record kills whoever reads it.
-        .map_batches(
-            load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 2}
-        )
-        .map_batches(
-            Annotator,
-            fn_constructor_kwargs=arguments | {"threads": plan.threads},
-            compute=ActorPoolStrategy(min_size=plan.actors[0], max_size=plan.actors[1]),
-            batch_size=None,
+    blocks = ray.data.from_items(work, override_num_blocks=min(len(work), 5000))
+    # Of arguments that go in 2.64; the pinned release has no other way to bound its retries, which have no
+    # end by default, where a record ends whatever process it is in.
+    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
+    if careful:
+        return blocks.map_batches(
+            Careful,
+            fn_constructor_args=(load, lambda: ray.remote(Annotator).options(**resources).remote(**arguments)),
+            compute=ActorPoolStrategy(min_size=1, max_size=plan.actors[1]),
+            batch_size=1,
             batch_format="pyarrow",
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
-            ray_remote_args_fn=lambda: {"max_restarts": 3, "max_task_retries": 1},
+            num_cpus=0,
         )
+    return blocks.map_batches(
+        load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1}
+    ).map_batches(
+        Annotator,
+        fn_constructor_kwargs=arguments,
+        compute=ActorPoolStrategy(min_size=plan.actors[0], max_size=plan.actors[1]),
+        batch_size=None,
+        batch_format="pyarrow",
+        **resources,
+        ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
     )
 
 

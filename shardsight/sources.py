@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
-from shardsight.coverage import Coverage, Hashes, Ranges, hashes
+from shardsight.coverage import Coverage, Hashes, Ranges, hashes, merge
 from shardsight.records import Failure, digest
 from shardsight.storage import Storage, explain, is_remote
 
@@ -55,6 +55,13 @@ class Unit:
     skip: Ranges = field(default_factory=list)
     stop: int | None = None
     column: str | None = None
+
+    def without(self, positions: Iterable[int]) -> "Unit":
+        """What is left of it; loose files are then counted anew."""
+        if self.kind == "files":
+            gone = set(positions)
+            return replace(self, files=tuple(file for n, file in enumerate(self.files) if n not in gone))
+        return replace(self, skip=merge([*self.skip, *((position, position + 1) for position in positions)]))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """One Ray, one S3 server and one set of made-up scenes for all tests."""
 
 import importlib.util
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +83,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
             "serve",
             "s3",
             "--dir-cache-time",
-            "0s",
+            "50ms",
             "--auth-key",
             f"{S3_KEY},{S3_SECRET}",
             "--addr",
@@ -117,6 +119,14 @@ class S3:
     def bucket(self, name: str) -> Path:
         (self.folder / name).mkdir(exist_ok=True)
         return self.folder / name
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import struct
-import tarfile
 import time
 import zlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardsight.records import ROW
-from tests.conftest import PHOTOGRAPHS, WEIGHTS, job_of, rows_of, start_job
+from tests.conftest import PHOTOGRAPHS, WEIGHTS, job_of, rows_of, start_job, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
 
@@ -62,14 +61,6 @@ def mixed_inputs(jpegs: list[bytes]) -> list[tuple[str, bytes, str | None]]:
         ("good.tiff", encoded("TIFF"), None),
         ("good.gif", encoded("GIF"), None),
     ]
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def check(rows: list[dict[str, Any]], expected: dict[str, str | None]) -> None:

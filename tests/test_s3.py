@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from shardsight.storage import Storage
-from tests.conftest import S3, S3_KEY, S3_SECRET, job_of, rows_of
-from tests.test_annotate import write_tar
+from tests.conftest import S3, S3_KEY, S3_SECRET, job_of, rows_of, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
 

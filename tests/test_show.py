@@ -11,8 +11,7 @@ from shardsight.results import Results
 from shardsight.sources import Listing, read
 from shardsight.storage import Storage
 from shardsight.yolo import Yolo
-from tests.conftest import WEIGHTS
-from tests.test_annotate import write_tar
+from tests.conftest import WEIGHTS, write_tar
 
 
 def test_page(tmp_path: Path, jpegs: list[bytes]) -> None:

@@ -1,0 +1,142 @@
+"""Records that end the process they are in."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shardsight import careful
+from shardsight.careful import Careful, Hopeless
+from shardsight.load import Load
+from shardsight.models import inspect
+from shardsight.pipeline import Annotator
+from shardsight.sources import Unit
+from shardsight.storage import Storage
+from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
+
+DEADLY = b"this ends the process"
+
+
+class DeadlyLoad(Load):
+    """A decoder with a fault that no `except` catches."""
+
+    def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
+        if data.endswith(DEADLY):
+            os.abort()
+        return super().decode(data)
+
+
+class DeadlyAnnotator(Annotator):
+    """A model that does not survive one of the photographs."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if any(id.endswith("zidane.jpg") for id in table["id"].to_pylist()):
+            os.abort()
+        return super().__call__(table)
+
+
+@pytest.mark.slow
+def test_records_that_end_their_process(
+    tmp_path: Path,
+    jpegs: list[bytes],
+    annotate: Callable[..., tuple[int, str]],
+    detector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each becomes one error row, in every kind of input and in every stage, and costs no neighbour its row."""
+    monkeypatch.setattr("jobs.annotate.Load", DeadlyLoad)
+    monkeypatch.setattr("shardsight.pipeline.Annotator", DeadlyAnnotator)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    some = [*jpegs[:3], jpegs[3] + DEADLY, *jpegs[4:8]]
+    for index, data in enumerate(some):
+        (folder / f"{index}.jpg").write_bytes(data)
+    write_tar(folder / "a.tar", [(f"{index}.jpg", data) for index, data in enumerate(some)])
+    pq.write_table(pa.table({"image": [*some[:7], some[3]]}), folder / "a.parquet")
+    (folder / "zidane.jpg").symlink_to(PHOTOGRAPHS[1])
+
+    code, said = annotate(folder, "--output", tmp_path / "out", "--yolo", detector, "--max-error-rate", 0.5)
+    assert code == 0, said
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
+    assert len(rows) == job_of(tmp_path / "out")["rows"] == 25
+    failed = {id.removeprefix(f"{folder}/"): row["error"]["stage"] for id, row in rows.items() if row["error"]}
+    killers = ("3.jpg", "a.tar#3.jpg", "a.parquet#3", "a.parquet#7")
+    assert failed == dict.fromkeys(killers, "decode") | {"zidane.jpg": "yolo"}
+    assert {row["error"]["type"] for row in rows.values() if row["error"]} == {"ProcessDied"}
+    assert rows[f"{folder}/zidane.jpg"]["width"] == 1280
+    assert job_of(tmp_path / "out")["exactly_once"] is True
+
+
+class Echo:
+    """A model that finds nothing, at once."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return table.drop_columns(["frame", "frame_width", "frame_height"])
+
+
+def carefully(unit: Unit, load: Load) -> list[dict[str, Any]]:
+    import ray
+
+    rows = Careful(load, lambda: ray.remote(Echo).options(num_cpus=0).remote()).unit(unit)
+    return pa.concat_tables(rows).to_pylist()
+
+
+def test_a_fault_that_hits_everything(
+    tmp_path: Path, one_ray: None, detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one record after another ends its process, the records are not at fault, and are not condemned."""
+    monkeypatch.setattr(careful, "IN_A_ROW", 2)
+    for index in range(2):
+        (tmp_path / f"{index}.jpg").write_bytes(DEADLY)
+    load = DeadlyLoad(Storage(), inspect(str(detector)).input)
+    files = str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")
+    with pytest.raises(Hopeless, match="processes end"):
+        carefully(Unit("files", files=files), load)
+
+
+def test_a_process_that_was_killed_once_condemns_nobody(
+    tmp_path: Path, jpegs: list[bytes], one_ray: None, detector: Path
+) -> None:
+    """The kernel's OOM killer may have meant another process."""
+
+    class Unlucky(Load):
+        def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
+            marker = tmp_path / "happened"
+            if data == jpegs[1] and not marker.exists():
+                marker.touch()
+                os.abort()
+            return super().decode(data)
+
+    write_tar(tmp_path / "a.tar", [(f"{index}.jpg", data) for index, data in enumerate(jpegs[:4])])
+    unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(2, 3)])
+    rows = carefully(unit, Unlucky(Storage(), inspect(str(detector)).input))
+    assert [(row["position"], row["error"], row["last"]) for row in rows] == [
+        (0, None, False),
+        (1, None, False),
+        (3, None, True),
+    ]
+
+
+def test_reading_that_ends_the_process_ends_the_unit(
+    tmp_path: Path, jpegs: list[bytes], one_ray: None, detector: Path
+) -> None:
+    """Nothing says which record it was: the unit is closed with one row that says so, as where a tar is cut off."""
+
+    class Unreadable(Storage):
+        def open(self, uri: str) -> Any:
+            os.abort()
+
+    unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(0, 2)])
+    (row,) = carefully(unit, Load(Unreadable(), inspect(str(detector)).input))
+    assert (row["unit"], row["position"], row["last"]) == (unit.uri, 2, True)
+    assert row["error"]["stage"] == "read" and row["id"] == f"{unit.uri}#2"
+
+
+def test_without() -> None:
+    assert Unit("files", files=("a", "b", "c")).without([1]).files == ("a", "c")
+    assert Unit("tar", "t", skip=[(0, 2)]).without([2, 5]).skip == [(0, 3), (5, 6)]
