@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from shardsight import pipeline
@@ -74,6 +75,9 @@ def annotate(settings: Settings) -> int:
             job["status"] = "failed" if units else "done"
         except KeyboardInterrupt:
             job["status"] = "interrupted"
+            done = results.done()
+        except RayTaskError as error:  # of the careful pass; an earlier one leaves out what fails
+            job |= {"status": "failed", "reason": " ".join(str(error.cause).split())}
             done = results.done()
         job |= _account(listing, done, before, time.monotonic() - started, stages)
         results.save_job(job)
@@ -180,8 +184,9 @@ def _conclude(job: dict[str, Any], results: Results, settings: Settings) -> int:
         print("shardsight: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if job["status"] == "failed":
+        reason = job.get("reason", "some inputs are missing from the results")
         print(
-            "shardsight: some inputs are missing from the results; the same command tries them again", file=sys.stderr
+            f"shardsight: {reason}; nothing finished is lost, and the same command goes on from here", file=sys.stderr
         )
         return 1
     failed = sum(sum(types.values()) for types in job["errors"].values())

@@ -85,7 +85,7 @@ class Careful:
         if self.condemned == IN_A_ROW:
             raise Hopeless(
                 f"processes end at whatever they are given, last at {id}: look for a lack of memory or a broken "
-                "installation, then run the same command, which goes on from here"
+                "installation"
             )
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
         failure = Failure(kind, f"its process ended each of the {ATTEMPTS} times that it was tried alone")
