@@ -14,8 +14,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -116,15 +116,12 @@ class Results:
                 self._drop(path, pc.is_valid(self._read(path, ["error"])["error"]))
 
     def _drop(self, path: str, unwanted: pa.Array | pa.ChunkedArray) -> None:
-        """Rewrite a file without some of its rows: in place, so that no reader sees a row twice."""
+        """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file."""
         rows = self._read(path)
         wanted = pc.invert(unwanted)
         places = pa.Table.from_pylist(self._evidence(path).places(), schema=pa.schema(PLACE))
         evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"]).filter(wanted)
-        if len(evidence):
-            self._put(rows.filter(wanted), Coverage.of(evidence.to_pylist()), path)
-        else:
-            self.storage.remove(path)
+        self._put(rows.filter(wanted), Coverage.of(evidence.to_pylist()), path)
 
     def _read(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.storage.open(path) as file:
@@ -237,11 +234,13 @@ class _Claim:
                     continue
         return others
 
-    def _beat(self) -> None:
+    def _beat(self, storage: Storage | None = None) -> None:
         self.beats += 1
         content = json.dumps({"state": self.state, "beats": self.beats}).encode()
-        self.results.storage.write(f"{self.folder}/{self.name}", content)
+        (storage or self.results.storage).write(f"{self.folder}/{self.name}", content)
 
     def _keep_alive(self) -> None:
+        """A beat that fails is followed by the next: once the store is back, nobody must take us for dead."""
         while not self.stop.wait(HEARTBEAT):
-            self._beat()
+            with suppress(Exception):
+                self._beat(replace(self.results.storage, patience=0.0))

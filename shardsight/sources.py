@@ -168,7 +168,7 @@ class Listing:
                 raise InputError(f"there is nothing at {uri}: check the name")
             else:
                 raise InputError(f"{uri} does not exist: check the name")
-        except (InputError, UnicodeDecodeError):
+        except InputError:
             raise
         except Exception as error:
             raise InputError(explain(uri, error)) from error
@@ -213,27 +213,31 @@ def _kind(uri: str) -> str:
 
 
 def _read_list(uri: str, storage: Storage, column: str | None) -> Iterator[str]:
-    try:
-        text = storage.read(uri).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{uri} is no text in UTF-8: write one uri a line") from None
-    if uri.lower().endswith(".txt"):
-        entries = [line.strip() for line in text.splitlines()]
-    elif uri.lower().endswith(".csv"):
-        entries = [_entry(row, column, uri) for row in csv.DictReader(io.StringIO(text))]
-    else:
+    with io.TextIOWrapper(storage.open(uri), "utf-8-sig", newline="" if uri.lower().endswith(".csv") else None) as file:
         try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{uri} is not JSON, one value a line: {error}") from None
-        entries = [row if isinstance(row, str) else _entry(row, column, uri) for row in rows]
-    for entry in filter(None, entries):
-        if "://" in entry or os.path.isabs(entry):
-            yield entry if "://" in entry and not entry.startswith("file://") else absolute(entry)
-        elif is_remote(uri):
-            yield f"{uri.rpartition('/')[0]}/{entry}"
-        else:  # beside the list, or where the command runs, as ultralytics takes it
-            yield entry if os.path.isabs(entry) else _beside(uri, entry)
+            for entry in filter(None, _entries(uri, file, column)):
+                if "://" in entry or os.path.isabs(entry):
+                    yield entry if "://" in entry and not entry.startswith("file://") else absolute(entry)
+                elif is_remote(uri):
+                    yield f"{uri.rpartition('/')[0]}/{entry}"
+                else:  # beside the list, or where the command runs, as ultralytics takes it
+                    yield _beside(uri, entry)
+        except UnicodeDecodeError:
+            raise InputError(f"{uri} is no text in UTF-8: write one uri a line") from None
+
+
+def _entries(uri: str, lines: Iterable[str], column: str | None) -> Iterator[str]:
+    if uri.lower().endswith(".txt"):
+        yield from map(str.strip, lines)
+    elif uri.lower().endswith(".csv"):
+        yield from (_entry(row, column, uri) for row in csv.DictReader(lines))
+    else:
+        for line in filter(str.strip, lines):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{uri} is not JSON, one value a line: {error}") from None
+            yield row if isinstance(row, str) else _entry(row, column, uri)
 
 
 def _beside(uri: str, entry: str) -> str:

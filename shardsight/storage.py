@@ -166,16 +166,17 @@ def _can_pass(error: Exception) -> bool:
 
 
 def _walk_local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """folder: with a slash at its end."""
     real = os.path.realpath(folder)
     if real in above:  # a link back to a folder that we are in
         return
-    with os.scandir(folder) as listing:
-        entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk_local(entry.path, above | {real})
+    with os.scandir(folder) as listing:  # names, since a million entries of it take four times the memory
+        names = [entry.name + "/" * entry.is_dir() for entry in listing if not entry.name.startswith(".")]
+    for name in sorted(names):
+        if name.endswith("/"):
+            yield from _walk_local(folder + name, above | {real})
         else:
-            yield entry.path
+            yield folder + name
 
 
 class _RemoteFile(io.RawIOBase):

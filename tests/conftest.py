@@ -71,49 +71,41 @@ def detector() -> Path:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
     """A real S3 server over a folder: rclone, with signatures."""
-    folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    rclone = Path(sys.executable).parent / "rclone"
-    log = folder.with_suffix(".log").open("w")
-    server = subprocess.Popen(
-        [
-            rclone,
-            "serve",
-            "s3",
-            "--dir-cache-time",
-            "50ms",
-            "--auth-key",
-            f"{S3_KEY},{S3_SECRET}",
-            "--addr",
-            address,
-            str(folder),
-        ],
-        stderr=log,
-    )
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(tuple_of(address)) == 0:
-                break
-        time.sleep(0.05)
-    yield S3(folder, f"http://{address}")
+    folder, port = tmp_path_factory.mktemp("s3"), free_port()
+    server = serve_s3(folder, port)
+    yield S3(folder, f"http://127.0.0.1:{port}")
     server.terminate()
     server.wait()
 
 
-def tuple_of(address: str) -> tuple[str, int]:
-    host, port = address.split(":")
-    return host, int(port)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def serve_s3(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Returns once it answers. Files put into the folder behind its back are seen after 50 ms."""
+    rclone, key = str(Path(sys.executable).parent / "rclone"), f"{S3_KEY},{S3_SECRET}"
+    options = ["--auth-key", key, "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "50ms"]
+    with folder.with_suffix(".log").open("a") as log:
+        server = subprocess.Popen([rclone, "serve", "s3", *options, str(folder)], stderr=log)
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    return server
 
 
 class S3:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
 
-    def options(self, key: str = S3_KEY, secret: str = S3_SECRET) -> list[str]:
-        """The flags that a job needs to use the server."""
-        pairs = {"endpoint_url": self.url, "key": key, "secret": secret}
+    def options(self, key: str = S3_KEY, secret: str = S3_SECRET, url: str = "") -> list[str]:
+        """The flags that a job needs to use the server, or another in front of it."""
+        pairs = {"endpoint_url": url or self.url, "key": key, "secret": secret}
         return [part for name, value in pairs.items() for part in ("--storage", f"{name}={value}")]
 
     def bucket(self, name: str) -> Path:
@@ -140,9 +132,11 @@ def job_of(out: Path) -> dict[str, Any]:
     return job
 
 
-def start_job(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start_job(
+    *arguments: Any, env: dict[str, str] | None = None, module: str = "jobs.annotate"
+) -> subprocess.Popen[str]:
     """The job as a process of its own, with a cluster of its own."""
-    command = [sys.executable, "-m", "jobs.annotate", *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)

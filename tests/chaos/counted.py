@@ -1,0 +1,21 @@
+"""The job, noting in the file $COUNTED the id of each picture that it decodes: python -m tests.chaos.counted …"""
+
+import os
+import sys
+from typing import Any
+
+from jobs import annotate
+from shardsight.load import Load
+from shardsight.sources import Record
+
+
+class Counted(Load):
+    def row(self, record: Record) -> dict[str, Any]:
+        with open(os.environ["COUNTED"], "a") as file:
+            file.write(record.id + "\n")
+        return super().row(record)
+
+
+if __name__ == "__main__":
+    annotate.Load = Counted  # type: ignore[misc]
+    sys.exit(annotate.main())
