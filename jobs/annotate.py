@@ -10,11 +10,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import ray
-from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from shardsight import pipeline
 from shardsight.coverage import Coverage
 from shardsight.load import Load
 from shardsight.models import ModelError, ModelInfo, inspect
@@ -27,6 +24,10 @@ from shardsight.storage import Storage, StorageError, explain
 
 # A second pass over what the first lost, because a process died in it; a third that takes each record alone.
 PASSES = ("quick", "quick", "careful")
+
+
+class Stopped(Exception):
+    """A fault that no record caused ended the job in its middle: one sentence for the user."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,8 +77,8 @@ def annotate(settings: Settings) -> int:
         except KeyboardInterrupt:
             job["status"] = "interrupted"
             done = results.done()
-        except RayTaskError as error:  # of the careful pass; an earlier one leaves out what fails
-            job |= {"status": "failed", "reason": " ".join(str(error.cause).split())}
+        except Stopped as error:
+            job |= {"status": "failed", "reason": str(error)}
             done = results.done()
         job |= _account(listing, done, before, time.monotonic() - started, stages)
         results.save_job(job)
@@ -115,6 +116,11 @@ def _pass(
     results: Results,
     stages: dict[str, Counter[str]],
 ) -> None:
+    # Here, since a restart that finds all done needs neither the seconds nor the 80 MB.
+    from ray.exceptions import RayTaskError
+
+    from shardsight import pipeline
+
     start_ray()
     load = Load(results.storage, model.input, settings.scaled_decode, settings.keep_images)
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
@@ -123,15 +129,20 @@ def _pass(
     rows = pipeline.flow(units, load, arguments, plan, careful)
     written: Written
     with Progress(done.positions, None if listing.units else len(listing.files)) as progress:
-        for count, finished in pipeline.run(rows, results, settings.rows_per_file):
-            for written in finished:
-                for stage, spent in written.stages.items():
-                    stages[stage].update(spent)
-            progress.add(count, sum(written.coverage.errors.total() for written in finished))
+        try:
+            for count, finished in pipeline.run(rows, results, settings.rows_per_file):
+                for written in finished:
+                    for stage, spent in written.stages.items():
+                        stages[stage].update(spent)
+                progress.add(count, sum(written.coverage.errors.total() for written in finished))
+        except RayTaskError as error:  # of the careful pass, as others leave out what fails
+            raise Stopped(" ".join(str(error.cause).split())) from error
 
 
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS or a local `ray start` names, else start one; unless that is done."""
+    import ray
+
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user

@@ -2,7 +2,7 @@
 
 Each task's scenes and checkpoints stay in DIR, so that a stopped run goes on where it was. The finished
 weights, in half precision, replace those in shardsight/demo/weights. With `--further SEED` training starts
-from the weights that are there, on scenes of that seed and at half the learning rate.
+from the weights that are there, on scenes of that seed, at half the learning rate and for half as long.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def train(task: str, work: Path, further: int | None = None) -> None:
     model = YOLO(str(last if last.exists() else config if further is None else WEIGHTS / f"{task}.pt"))
     # Twice as fast on a CPU as fp32 in channels-first, which is what ultralytics does there.
     model.add_callback("on_pretrain_routine_end", _bf16_channels_last)
-    rate = 0.002 if further is None else 0.001
+    rate, epochs = (0.002, recipe.epochs) if further is None else (0.001, recipe.epochs // 2)
     model.train(
-        **{"data": str(data), "imgsz": recipe.imgsz, "epochs": recipe.epochs, "resume": last.exists()},
+        **{"data": str(data), "imgsz": recipe.imgsz, "epochs": epochs, "resume": last.exists()},
         **{"batch": 16, "workers": 2, "device": "cpu" if not torch.cuda.is_available() else 0, "cache": "ram"},
         **{"optimizer": "AdamW", "lr0": rate, "lrf": 0.01, "warmup_epochs": 0.5, "amp": False, "val": False},
         # Every scene is new already: no mosaic, which would cut shapes in a way that scenes never do.
