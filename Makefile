@@ -5,7 +5,7 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 UV = 0.13.9
 BIN = .venv/bin
 
-.PHONY: install demo test chaos lint lock clean
+.PHONY: install demo test chaos bench lint lock clean
 
 install: .venv/installed
 
@@ -20,6 +20,11 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
+
+# Ours and the peers on the same work; for half an hour nothing else should run on the machine.
+bench: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[$(EXTRA),dev,bench]'
+	$(BIN)/python -m benchmarks.throughput --record
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install

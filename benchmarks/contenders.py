@@ -1,0 +1,117 @@
+"""The same work by each contender: `python -m benchmarks.contenders NAME FOLDER OUT WEIGHTS IMGSZ`.
+
+The pictures of a folder → YOLOv8 → Parquet with label, score and box of each detection. Peers are written
+as their own guides write them.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH = 16
+
+
+def shardsight(folder: str, out: str, weights: str, imgsz: int, *options: str) -> None:
+    """Our job, with its defaults."""
+    command = [sys.executable, "-m", "jobs.annotate", folder, "--output", out, "--yolo", weights, "--imgsz", str(imgsz)]
+    subprocess.run([*command, *options], check=True)
+
+
+def shardsight_exact(folder: str, out: str, weights: str, imgsz: int) -> None:
+    """Our job at the peers' precision, with every picture decoded in full."""
+    shardsight(folder, out, weights, imgsz, "--precision", "fp32", "--no-scaled-decode")
+
+
+def ultralytics(folder: str, out: str, weights: str, imgsz: int) -> None:
+    """`predict(stream=True)` over the folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from ultralytics import YOLO
+
+    results = YOLO(weights).predict(folder, stream=True, imgsz=imgsz, batch=BATCH, verbose=False)
+    rows = [{"path": result.path, "detections": detections(result)} for result in results]
+    Path(out).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), f"{out}/results.parquet")
+
+
+def ray_data(folder: str, out: str, weights: str, imgsz: int) -> None:
+    """read_images → a class in an actor pool → write_parquet."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    class Detect:
+        def __init__(self) -> None:
+            from ultralytics import YOLO
+
+            self.model = YOLO(weights)
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            images = [image[..., ::-1] for image in batch.pop("image")]  # ultralytics takes BGR
+            results = self.model.predict(images, imgsz=imgsz, verbose=False)
+            return batch | {"detections": [detections(result) for result in results]}
+
+    images = ray.data.read_images(folder, mode="RGB", include_paths=True)
+    found = images.map_batches(Detect, batch_size=BATCH, compute=ActorPoolStrategy(size=1), num_cpus=1)
+    found.write_parquet(out)
+
+
+def daft(folder: str, out: str, weights: str, imgsz: int) -> None:
+    """from_glob_path → download and decode → a class as UDF → write_parquet."""
+    import daft
+    from daft import DataType, col
+
+    kind = {"label": DataType.string(), "score": DataType.float64()}
+    kind |= {side: DataType.float64() for side in ("x1", "y1", "x2", "y2")}
+
+    @daft.udf(return_dtype=DataType.list(DataType.struct(kind)), batch_size=BATCH)
+    class Detect:
+        def __init__(self) -> None:
+            from ultralytics import YOLO
+
+            self.model = YOLO(weights)
+
+        def __call__(self, images: Any) -> list[Any]:
+            results = self.model.predict([image[..., ::-1] for image in images.to_pylist()], imgsz=imgsz, verbose=False)
+            return [detections(result) for result in results]
+
+    frame = daft.from_glob_path(f"{folder}/*.jpg")
+    frame = frame.with_column("image", col("path").download().decode_image(mode="RGB"))
+    frame.select("path", Detect(col("image")).alias("detections")).write_parquet(out)
+
+
+def limit(folder: str, out: str, weights: str, imgsz: int) -> None:
+    """The model alone at our best precision: its input is in memory, its output is dropped. Prints its seconds."""
+    import torch
+
+    from shardsight.yolo import Yolo
+
+    count = len(list(Path(folder).iterdir()))
+    model = Yolo(weights, imgsz=imgsz)
+    width, height = model.input.place(1280, 720).outer
+    batch = torch.rand(BATCH, 3, height, width).to(model.dtype).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        model.backend(batch)
+        started = time.perf_counter()
+        for _ in range(-(-count // BATCH)):
+            model.backend(batch)
+    print(f"seconds {(time.perf_counter() - started) * count / (-(-count // BATCH) * BATCH)}")
+
+
+def detections(result: Any) -> list[dict[str, Any]]:
+    boxes = result.boxes
+    rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
+    return [
+        {"label": result.names[int(label)], "score": score, **dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))}
+        for label, score, box in rows
+    ]
+
+
+CONTENDERS = {
+    function.__name__: function for function in (shardsight, shardsight_exact, ultralytics, ray_data, daft, limit)
+}
+
+if __name__ == "__main__":
+    name, folder, out, weights, imgsz = sys.argv[1:]
+    CONTENDERS[name](folder, out, weights, int(imgsz))

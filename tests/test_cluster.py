@@ -1,0 +1,63 @@
+"""cluster.yaml, and the job as `ray job submit` runs it."""
+
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, free_port, job_of
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def test_cluster_yaml_is_what_ray_takes() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    with pytest.raises(Exception, match="max_workerz"):
+        validate_config(prepare_config(config | {"max_workerz": 1}))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of the job server of a local `ray start --head`."""
+    port, dashboard = free_port(), free_port()
+    command = [RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while subprocess.run([RAY, "job", "list", "--address", f"http://127.0.0.1:{dashboard}"]).returncode:
+            assert head.poll() is None
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+@pytest.mark.slow
+def test_submitted_jobs(cluster: str, tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
+    """The contract's command, sent to a cluster: its results, and its exit code in what Ray says."""
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        (tmp_path / "in" / f"{index}.jpg").write_bytes(jpegs[index])
+
+    def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+        python = ["--", sys.executable, "-m", "jobs.annotate", *arguments, "--yolo", str(detector)]
+        command = [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", *python]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    done = submit(str(tmp_path / "in"), "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job_of(tmp_path / "out")["rows"] == 4 and job_of(tmp_path / "out")["exactly_once"] is True
+
+    refused = submit(str(tmp_path / "nowhere"), "--output", str(tmp_path / "out2"))
+    said = refused.stdout + refused.stderr
+    assert refused.returncode == 1 and re.search(r"exit code 2\b", said) and "does not exist: check the name" in said
