@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -149,12 +150,35 @@ def start_ray() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first is an interrupt, too
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     ray.init(
+        _living_cluster(),
         logging_level=logging.ERROR,
         log_to_driver=False,
         include_dashboard=False,
         runtime_env={"env_vars": environment} if environment else None,
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _living_cluster() -> str:
+    """The address of the cluster to join, or "local". Ray itself waits many minutes for one that is gone."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    named = os.environ.get("RAY_ADDRESS")
+    if named and "://" in named:
+        return named
+    address = canonicalize_bootstrap_address("auto")
+    if address is None:
+        return "local"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        if named:
+            raise UsageError(
+                f"no Ray cluster answers at RAY_ADDRESS={named} ({error}): start it, or unset it"
+            ) from None
+        return "local"  # what an earlier `ray start` left behind
+    return address
 
 
 def _account(

@@ -133,10 +133,12 @@ def job_of(out: Path) -> dict[str, Any]:
 
 
 def start_job(
-    *arguments: Any, env: dict[str, str] | None = None, module: str = "jobs.annotate"
+    *arguments: Any, env: dict[str, str] | None = None, module: str = "jobs.annotate", cluster: str | None = None
 ) -> subprocess.Popen[str]:
-    """The job as a process of its own, with a cluster of its own."""
+    """The job as a process of its own; with a cluster of its own, where none is named."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     environment.pop("RAY_ADDRESS", None)
+    if cluster:
+        environment["RAY_ADDRESS"] = cluster
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, free_port, job_of
+from tests.conftest import ROOT, free_port, job_of, start_job
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -40,6 +40,28 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         head.terminate()
         head.wait(60)
+
+
+def test_a_cluster_that_is_gone(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
+    """Named, it is one sentence; left behind by a `ray start` of long ago, it is as if it had never been."""
+    from ray._private.utils import get_ray_address_file
+
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    command = (tmp_path / "a.jpg", "--output", tmp_path / "out", "--yolo", detector)
+    gone = f"127.0.0.1:{free_port()}"
+    refused = start_job(*command, cluster=gone)
+    said = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 2 and gone in said and said.count("\n") == 1
+
+    file = Path(get_ray_address_file(None))
+    before = file.read_text() if file.exists() else None
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(gone)
+    try:
+        fine = start_job(*command)
+        assert (fine.communicate(timeout=240), fine.returncode)[1] == 0
+    finally:
+        file.write_text(before) if before else file.unlink(missing_ok=True)
 
 
 @pytest.mark.slow
