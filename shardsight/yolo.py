@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", ULTRALYTICS_SKIP_REQUIREMENTS_CHECKS="1")
 os.environ.setdefault("YOLO_VERBOSE", "false")
@@ -38,6 +38,9 @@ from ultralytics.utils import SETTINGS, nms
 from shardsight.letterbox import Box, CentreCrop, Letterbox
 from shardsight.models import ModelError, ModelInfo
 from shardsight.records import CLASS, DETECTION, ERROR, Failure
+
+if TYPE_CHECKING:
+    from shardsight.compiled import Compiled
 
 SETTINGS.update(sync=False)
 # torchvision's NMS, which ultralytics prefers to its own where it can; importing all of torchvision takes 6 s.
@@ -83,7 +86,8 @@ class Yolo:
         self.path = path = Path(model)
         if not path.exists():  # ultralytics would look for it on the net
             raise ModelError(f"there are no weights at {model}")
-        torch.set_num_threads(threads or os.cpu_count() or 1)
+        self.threads = threads or os.cpu_count() or 1
+        torch.set_num_threads(self.threads)
         cuda = torch.cuda.is_available()
         self.batch_size = batch_size or (64 if cuda else 16)
         self.dtype = _dtype(precision, cuda)
@@ -105,10 +109,11 @@ class Yolo:
         size = tuple(self.predictor.imgsz)
         classify = self.task == "classify"
         self.input = CentreCrop(size) if classify else Letterbox(size, int(self.backend.stride), minimal)
-        if self.native:
-            self._cast()
-        else:
+        self.compiles = self.native and not cuda and not classify
+        if not self.native:
             self.dtype = torch.float32  # an export has its own precision inside
+        elif not self.compiles:
+            self._cast()
 
     def info(self) -> ModelInfo:
         return ModelInfo(str(self.path), self.task, self.names, self.input, _sha256(self.path))
@@ -125,6 +130,13 @@ class Yolo:
             head._inference = lambda outputs: decode(
                 {key: value.float() if torch.is_tensor(value) else value for key, value in outputs.items()}
             )
+
+    @functools.cached_property
+    def compiled(self) -> "Compiled":
+        """On first use, as who only asks what a model is need not wait for it."""
+        from shardsight.compiled import Compiled
+
+        return Compiled(self.backend.model, self.dtype, self.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with FRAME columns → the same without them, with `detections` or `classes`; or with `error`."""
@@ -176,11 +188,14 @@ class Yolo:
                 canvas = np.empty((len(frames), height, width, 3), np.uint8)
                 for frame, box, room in zip(frames, boxes, canvas, strict=True):
                     self.input.draw(frame, box, room)
-                batch = torch.from_numpy(canvas).to(self.predictor.device)
                 # (n, h, w, 3) in memory is channels-last (n, 3, h, w): no copy.
-                batch = batch.permute(0, 3, 1, 2).to(self.dtype).div_(255)
-            batch = batch.to(self.predictor.device, self.dtype)
-            outputs = self.backend(batch)
+                batch = torch.from_numpy(canvas).permute(0, 3, 1, 2)
+            if self.compiles:
+                outputs = self.compiled(canvas)
+            else:
+                batch = batch.to(self.predictor.device)
+                batch = batch.to(self.dtype).div_(255) if batch.dtype == torch.uint8 else batch.to(self.dtype)
+                outputs = self.backend(batch)
             # ultralytics scales its results to the originals, of which it needs nothing but the shapes.
             originals = [np.broadcast_to(np.uint8(0), (box.height, box.width, 3)) for box in boxes]
             self.predictor.batch = [""] * len(frames), None, None
