@@ -129,15 +129,26 @@ def _pass(
     plan = pipeline.plan(settings.yolo_actors, settings.gpus_per_actor)
     rows = pipeline.flow(units, load, arguments, plan, careful)
     written: Written
-    with Progress(done.positions, None if listing.units else len(listing.files)) as progress:
+    totals = dict(done.totals)
+    with Progress(done.positions, _expected(listing, totals)) as progress:
         try:
             for count, finished in pipeline.run(rows, results, settings.rows_per_file):
                 for written in finished:
+                    totals |= written.coverage.totals
                     for stage, spent in written.stages.items():
                         stages[stage].update(spent)
+                progress.total = _expected(listing, totals) if finished else progress.total
                 progress.add(count, sum(written.coverage.errors.total() for written in finished))
         except RayTaskError as error:  # of the careful pass, as others leave out what fails
             raise Stopped(" ".join(str(error.cause).split())) from error
+
+
+def _expected(listing: Listing, totals: dict[str, int]) -> int | None:
+    """How many inputs there are, where a unit that is not yet through counts as the mean of those that are."""
+    known = [totals[unit] for unit in listing.units if unit in totals]
+    if listing.units and not known:
+        return None
+    return len(listing.files) + round(sum(known) / max(1, len(known)) * len(listing.units))
 
 
 def start_ray() -> None:

@@ -15,7 +15,7 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 @dataclass
 class Progress:
-    """before: inputs that were done when the run began. total: inputs, where they could be counted."""
+    """before: inputs that were done when the run began. total: inputs, where one can tell."""
 
     before: int
     total: int | None
