@@ -17,7 +17,7 @@ import duckdb
 import pytest
 
 from shardsight.demo.scenes import Scene, scenes
-from shardsight.demo.writers import TASKS, jpeg
+from shardsight.demo.writers import jpeg
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
@@ -25,7 +25,6 @@ WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
-TRAINED = [task for task in TASKS if (WEIGHTS / f"{task}.pt").exists()]
 S3_KEY, S3_SECRET = "test-key", "test-secret"
 
 

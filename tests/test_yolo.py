@@ -16,13 +16,13 @@ from ultralytics.utils import nms
 
 from shardsight.demo.scenes import Scene, scenes
 from shardsight.demo.score import average_precision
-from shardsight.demo.writers import jpeg
+from shardsight.demo.writers import TASKS, jpeg
 from shardsight.load import Load
 from shardsight.models import ModelError, inspect
 from shardsight.sources import Record
 from shardsight.storage import Storage
 from shardsight.yolo import Yolo
-from tests.conftest import PHOTOGRAPHS, TRAINED, WEIGHTS
+from tests.conftest import PHOTOGRAPHS, WEIGHTS
 
 LOW = 0.05  # confidence: enough detections on photographs to compare, which the demo's weights never saw
 
@@ -38,7 +38,7 @@ def pictures(jpegs: list[bytes]) -> list[bytes]:
     return [path.read_bytes() for path in PHOTOGRAPHS] + jpegs[:12]
 
 
-@pytest.mark.parametrize("task", TRAINED)
+@pytest.mark.parametrize("task", TASKS)
 def test_same_as_ultralytics(task: str, pictures: list[bytes], tmp_path: Path) -> None:
     """Of each picture alone, at ultralytics' defaults: count, boxes, scores and what else a task has."""
     weights = WEIGHTS / f"{task}.pt"
@@ -79,6 +79,17 @@ def overlap(ours: dict[str, Any], theirs: torch.Tensor) -> float:
     mine = rle.decode({"size": [ours["height"], ours["width"]], "counts": ours["counts"].encode()}).astype(bool)
     other = theirs.numpy().astype(bool)
     return float((mine & other).sum() / max(1, (mine | other).sum()))
+
+
+def test_masks_are_of_the_original_picture() -> None:
+    """On scenes never seen they lie over the shapes, pixel by pixel; a mask of the model's input would not."""
+    some = list(scenes(40, seed=88))
+    rows = annotated(Yolo(str(WEIGHTS / "segment.pt"), conf=0.001), [jpeg(scene) for scene in some])
+    for scene, row in zip(some, rows, strict=True):
+        sizes = {(one["mask"]["height"], one["mask"]["width"]) for one in row["detections"]}
+        assert sizes <= {scene.image.shape[:2]}
+    found = {scene.name: row["detections"] for scene, row in zip(some, rows, strict=True)}
+    assert average_precision(some, found, masks=True)["mAP50"] > 0.5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
