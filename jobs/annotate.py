@@ -171,19 +171,22 @@ def start_ray() -> None:
 
 
 def _living_cluster() -> str:
-    """The address of the cluster to join, or "local". Ray itself waits many minutes for one that is gone."""
+    """The address of the cluster to join, or "local". Ray itself waits many minutes for one that is gone.
+
+    A cluster that another job started for itself is not joined: it ends with that job.
+    """
     from ray._private.services import canonicalize_bootstrap_address
 
     named = os.environ.get("RAY_ADDRESS")
     if named and "://" in named:
         return named
-    address = canonicalize_bootstrap_address("auto")
-    if address is None:
-        return "local"
-    host, _, port = address.rpartition(":")
     try:
+        address = canonicalize_bootstrap_address(None)
+        if address is None:
+            return "local"
+        host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if named:
             raise UsageError(
                 f"no Ray cluster answers at RAY_ADDRESS={named} ({error}): start it, or unset it"

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.annotate import _living_cluster
+from shardsight.settings import UsageError
 from tests.conftest import ROOT, free_port, job_of, start_job
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -22,6 +24,16 @@ def test_cluster_yaml_is_what_ray_takes() -> None:
     validate_config(prepare_config(config))
     with pytest.raises(Exception, match="max_workerz"):
         validate_config(prepare_config(config | {"max_workerz": 1}))
+
+
+def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: None) -> None:
+    """Nothing is there to join, the private cluster of another job least of all: it ends with that job."""
+    monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "none"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert _living_cluster() == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    with pytest.raises(UsageError, match="RAY_ADDRESS=nonsense"):
+        _living_cluster()
 
 
 @pytest.fixture
