@@ -4,12 +4,14 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +136,12 @@ def job_of(out: Path) -> dict[str, Any]:
 def start_job(
     *arguments: Any, env: dict[str, str] | None = None, module: str = "jobs.annotate", cluster: str | None = None
 ) -> subprocess.Popen[str]:
-    """The job as a process of its own; with a cluster of its own, where none is named."""
+    """The job as a process of its own, which an interrupt reaches; with a cluster of its own, where none is named."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     environment.pop("RAY_ADDRESS", None)
     if cluster:
         environment["RAY_ADDRESS"] = cluster
-    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)
+    # What runs the tests in the background has its children ignore interrupts.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=heard)
