@@ -472,11 +472,10 @@ class _Tar:
         offset = self.tar.offset
         self.file.seek(offset)
         block = self.file.read(512)
-        if not block.strip(b"\0"):
-            self.file.seek(max(0, offset - 512))
-            if block or not self.file.read(512).strip(b"\0"):
-                return
-        raise Failure("TruncatedTar", f"the archive is cut off or damaged at byte {offset:,}; what follows is not read")
+        # A header begins with a name: where a zero stands, be it the file's last byte, no member follows.
+        if not block or block.strip(b"\0"):
+            reason = f"the archive is cut off or damaged at byte {offset:,}; what follows is not read"
+            raise Failure("TruncatedTar", reason)
 
 
 def _unique(name: str, seen: set[int]) -> str:
