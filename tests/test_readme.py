@@ -1,5 +1,6 @@
 """The README's commands, as they stand."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shardsight.demo.writers import TASKS
 from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -31,6 +33,16 @@ def test_commands_in_their_order(s3: S3, jpegs: list[bytes]) -> None:
     assert (ROOT / "demo-output" / "page.html").stat().st_size > 100_000
     assert (ROOT / "demo-output" / "mine" / "page.html").exists()
     assert list((bucket / "out" / "results").glob("*.parquet"))
+
+
+def test_the_models_figures_are_those_measured() -> None:
+    """Weights that are trained anew, or a table that is not, would leave a figure that nobody measured."""
+    figures = json.loads((WEIGHTS / "figures.json").read_text())
+    table = re.findall(r"^\| (\w+) \|.*\| ([0-9.]+) \| ([0-9.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {task for task, _, _ in table} == set(TASKS)
+    for task, figure, size in table:
+        assert float(figure) in {round(value, 3) for value in figures[task].values()}
+        assert float(size) == round((WEIGHTS / f"{task}.pt").stat().st_size / 1e6, 1)
 
 
 def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
