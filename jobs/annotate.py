@@ -159,9 +159,11 @@ def start_ray() -> None:
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first is an interrupt, too
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    address = _living_cluster()
+    # Workers of a cluster of our own inherit the environment; with a runtime_env, Ray would start them all anew.
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and address != "local"}
     ray.init(
-        _living_cluster(),
+        address,
         logging_level=logging.ERROR,
         log_to_driver=False,
         include_dashboard=False,
