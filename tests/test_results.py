@@ -1,5 +1,6 @@
 """The writer: whole files or none, each row once, one run at a time."""
 
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shardsight.results
-from shardsight.coverage import Coverage
+from shardsight.coverage import Coverage, hashes
 from shardsight.load import TABLE
 from shardsight.records import FRAME, ROW
 from shardsight.results import Busy, Results, lock
@@ -64,6 +67,42 @@ def test_rows_that_overlap_otherwise_are_mended(results: Results) -> None:
 def test_rows_twice_in_one_write(results: Results) -> None:
     results.write(table(("a", 0), ("a", 1), ("a", 0), (None, 3), (None, 3)), 100)
     assert ids(results) == ["None#3", "a#0", "a#1"]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_order_split_retry_and_loss_of_batches(data: st.DataObject) -> None:
+    """What Ray may do to batches, run after run: after restarts each position is there once, and none twice on the way.
+
+    Each run does what the files before it lack; of its rows some are lost, some come twice, cut otherwise.
+    """
+    totals = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "totals")
+    everything = [(f"u{unit}", n) for unit, total in enumerate(totals) for n in range(total)]
+    everything += [(None, n) for n in range(data.draw(st.integers(0, 4), "loose files"))]
+    last = {(f"u{unit}", total - 1) for unit, total in enumerate(totals)}
+    with tempfile.TemporaryDirectory() as folder:
+        results = Results(folder, Storage())
+        results.prepare()
+        for run in range(4):
+            done = results.done()
+            assert done.rows == done.positions == len(ids(results)) == len(set(ids(results)))
+            left = [
+                (unit, n)
+                for unit, n in everything
+                if (unit and not any(a <= n < b for a, b in done.units.get(unit, [])))
+                or (unit is None and not done.has(hashes([f"None#{n}"]))[0])
+            ]
+            if run < 3:  # the last loses nothing
+                left = data.draw(st.lists(st.sampled_from(left), max_size=2 * len(left)), "came") if left else []
+            elif left:
+                left = data.draw(st.permutations(left), "came")
+            for start in range(0, len(left), size := data.draw(st.integers(1, 5), "batch")):
+                batch = left[start : start + size]
+                rows = pa.concat_tables(table(place, total=place[1] + 1 if place in last else 99) for place in batch)
+                results.write(rows, data.draw(st.integers(1, 4), "rows a file"))
+        done = results.done()
+        assert ids(results) == sorted(f"{unit}#{n}" for unit, n in everything)
+        assert all(done.complete(f"u{unit}") for unit in range(len(totals)))
 
 
 def test_errors_are_dropped_with_their_evidence(results: Results) -> None:
