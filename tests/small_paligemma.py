@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -151,8 +152,6 @@ class Reference:
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         if adapter:
-            from peft import PeftModel
-
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
     def answer(self, frame: np.ndarray, prompt: str, max_tokens: int) -> tuple[list[int], list[float]]:
@@ -170,3 +169,18 @@ class Reference:
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         rows = [logits[0].log_softmax(-1) for logits in out.logits]
         return ids, [float(row[token]) for row, token in zip(rows, ids, strict=True)]
+
+
+def adapter(base: Path, folder: Path, everywhere: bool = False, seed: int = 0) -> Path:
+    """Write a LoRA that changes most answers, by peft; of the language model, or of the vision tower too."""
+    torch.manual_seed(seed)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = names if everywhere else rf".*language_model.*\.({'|'.join(names)})"
+    model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5 * 0.7)
+    made.save_pretrained(folder)
+    return folder
