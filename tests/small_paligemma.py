@@ -53,8 +53,11 @@ def tokenizer() -> GemmaTokenizer:
     return made
 
 
-def make(folder: Path, kind: str = "gemma", seed: int = 0, **text: Any) -> Path:
-    """Write a model, its tokenizer and its processor into `folder`. kind: gemma (PaliGemma 1) or gemma2 (2)."""
+def make(folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, **text: Any) -> Path:
+    """Write a model, its tokenizer and its processor into `folder`.
+
+    kind: gemma (PaliGemma 1) or gemma2 (2). ends: one token in fifteen ends an answer, so that lengths differ.
+    """
     torch.manual_seed(seed)
     image = SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     image.image_seq_length = (IMAGE_SIZE // PATCH) ** 2
@@ -105,18 +108,18 @@ def make(folder: Path, kind: str = "gemma", seed: int = 0, **text: Any) -> Path:
             elif weight.dim() > 1:
                 gain = 4 if "vision_tower" in name or "projector" in name else 2
                 weight.copy_(torch.randn_like(weight) * gain * weight[0].numel() ** -0.5)
-    # One token in fifteen ends an answer, so that lengths differ.
-    ends = [1] + list(range(6, size, 15))
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=2, eos_token_id=ends)
+    stops = [1, *range(6, size, 15)] if ends else [1]
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=2, eos_token_id=stops)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def as_published(folder: Path) -> None:
+def as_published(folder: Path) -> Path:
     """Rename the weights to the layout of Google's own uploads, which transformers before 4.52 wrote."""
     weights = load_file(folder / "model.safetensors")
     save_file({original_name(name): weight for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
 
 
 def original_name(name: str) -> str:
@@ -146,6 +149,7 @@ class Reference:
     """Hugging Face's own model and `generate`, float32, one pair at a time."""
 
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        torch.set_num_threads(1)
         self.processor = PaliGemmaProcessor.from_pretrained(folder)
         # The attention that knows Gemma 2's softcapping; PyTorch's own, the default, leaves it out.
         self.model: Any = PaliGemmaForConditionalGeneration.from_pretrained(
