@@ -1,0 +1,362 @@
+"""PaliGemma in vLLM: frames and prompts → answers, with one engine that many calls keep busy together."""
+
+import os
+
+# The engine in this process: our prompts' lengths reach it, and it starts in a fifth of the time.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"  # what the hub has was fetched by model.locate
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+from vllm import EngineArgs, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from shardsight.models import ModelError
+from shardsight.paligemma.model import PaliGemmaInfo, fits, inspect, shapes
+from shardsight.paligemma.plugin import loaded
+from shardsight.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
+from shardsight.records import ANSWER, ERROR, Failure
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BLOCK = 128  # tokens of vLLM's smallest piece of a request's memory, on a CPU
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM has kernels for
+
+
+class EngineDied(Exception):
+    """The engine failed as a whole, by no request's fault: end this process and ask again in another."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer as it came: token ids, an end included, their log-probabilities, and `stop` or `length`."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class _Request:
+    frame: np.ndarray
+    ids: list[int]
+    future: "Future[Generated]"
+
+
+class PaliGemma:
+    """One PaliGemma 1 or 2. Calls from several threads share its batches.
+
+    model: a folder, or a name on the hub, of `revision`. prompts: asked of each picture. max_tokens: of an answer.
+    precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices: that share the model.
+    batch_size: most requests that run at once. memory: share of a GPU's memory to take. threads: of the CPU.
+    prompt_tokens: most of a prompt. Raises ModelError, PromptError.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompts: Sequence[str] = ("caption en",),
+        max_tokens: int = 256,
+        precision: str = "auto",
+        revision: str | None = None,
+        adapter: str | None = None,
+        devices: int = 1,
+        batch_size: int | None = None,
+        memory: float = 0.9,
+        threads: int | None = None,
+        prompt_tokens: int = 256,
+    ) -> None:
+        self.prompts = [Prompt.of(prompt) for prompt in prompts]
+        self.info = inspect(model, revision)
+        self.max_tokens, self.devices, self.memory = max_tokens, devices, memory
+        self.cuda = torch.cuda.is_available()
+        self.precision = _precision(self.cuda) if precision == "auto" else precision
+        self.batch_size = batch_size or (256 if self.cuda else 32)
+        self.threads = threads or os.cpu_count() or 1
+        # Start token and newline are the prompt's too.
+        self.length = min(self.info.image_tokens + prompt_tokens + 2 + max_tokens, self.info.length)
+        self.room = self.length - self.info.image_tokens - 1 - max_tokens  # for a prompt and its newline
+        if self.room < 2:
+            raise ModelError(
+                f"{model} takes {self.info.image_tokens} tokens for a picture and {self.info.length} in all, which "
+                f"leaves no room for a prompt and {max_tokens} of an answer: use a smaller resolution, or fewer max_tokens"
+            )
+        self.adapter = _adapter(adapter) if adapter else None
+        fits(self.info, self.precision, self._free(), self.length, devices)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.info.path)
+        self.vocabulary = _vocabulary(self.tokenizer)
+        self.masks = _masks(self.info.path)
+        self.encoded: dict[str, list[int]] = {}
+        self.waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        ready: Future[None] = Future()
+        # OpenMP's threads belong to the thread that started them: the one that loads is the one that computes.
+        self.thread = threading.Thread(target=self._run, args=(ready,), name="paligemma", daemon=True)
+        self.thread.start()
+        ready.result()
+
+    def close(self) -> None:
+        """Let the engine finish what it has, and free its memory."""
+        self.waiting.put(None)
+        self.thread.join()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows with FRAME columns → the same without them, with `answers`; or with `error`."""
+        clock, cpu = time.perf_counter(), time.process_time()
+        failed = table["error"].to_pylist()
+        widths, heights = table["width"].to_pylist(), table["height"].to_pylist()
+        asked: list[tuple[int, Prompt, Future[Generated]]] = []
+        for index, frame in _frames(table):
+            if failed[index] is None:
+                asked += [(index, prompt, self.ask(frame, prompt)) for prompt in self.prompts]
+        answers: list[list[dict[str, Any]] | None] = [None] * len(table)
+        for index, prompt, future in asked:
+            try:
+                answer = self.answer(prompt, future.result(), widths[index], heights[index])
+            except EngineDied:
+                raise
+            except Exception as error:
+                failed[index] = Failure.of(error).row("paligemma")
+                continue
+            answers[index] = [*(answers[index] or []), answer]
+        for index, error in enumerate(failed):
+            if error is not None:
+                answers[index] = None
+        count = max(1, len({index for index, _, _ in asked}))
+        spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
+        table = table.drop_columns(["frame", "frame_width", "frame_height"])
+        table = _replace(table, "answers", pa.array(answers, pa.list_(ANSWER)))
+        table = _replace(table, "error", pa.array(failed, ERROR))
+        for column, seconds in zip(("paligemma_clock_seconds", "paligemma_cpu_seconds"), spent, strict=True):
+            values = pa.array([None if answer is None else seconds for answer in answers], pa.float64())
+            table = _replace(table, column, values) if column in table.column_names else table
+        return table
+
+    def ask(self, frame: np.ndarray, prompt: Prompt) -> "Future[Generated]":
+        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or EngineDied."""
+        future: Future[Generated] = Future()
+        try:
+            ids = self._encode(prompt.text)
+            self.waiting.put(_Request(frame, ids, future))
+            if not self.thread.is_alive():
+                self._refuse(EngineDied("the engine has ended"))
+        except Failure as failure:
+            future.set_exception(failure)
+        return future
+
+    def answer(self, prompt: Prompt, generated: Generated, width: int, height: int) -> dict[str, Any]:
+        """A row of ANSWER, of a picture of width × height pixels."""
+        ids, logprobs = generated.ids, generated.logprobs
+        return {
+            "prompt": prompt.text,
+            "text": self.vocabulary.decode(ids).strip(),
+            "detections": [
+                self._detection(found, prompt, width, height)
+                for found in find(ids, logprobs, self.vocabulary, prompt.names)
+            ],
+            "finish_reason": generated.finish_reason,
+            "score": math.fsum(logprobs) / len(logprobs) if logprobs else None,
+        }
+
+    def _detection(self, found: Found, prompt: Prompt, width: int, height: int) -> dict[str, Any]:
+        box = decode_box(found.locations, width, height)
+        row = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+        class_id = prompt.names.index(found.label) if found.label in prompt.names else None
+        row |= {"label": found.label, "class_id": class_id, "score": found.score}
+        if found.codes and self.masks:
+            mask = self.masks.decode(np.array([found.codes]))[0]
+            row["mask"] = self.masks.paste(mask, box, width, height)
+        return row
+
+    def _encode(self, text: str) -> list[int]:
+        """As Hugging Face's processor does, but for picture and start token, which vLLM puts before."""
+        if text not in self.encoded:
+            self.encoded[text] = self.tokenizer.encode(text + "\n", add_special_tokens=False)
+        ids = self.encoded[text]
+        if len(ids) > self.room:
+            raise Failure("PromptTooLong", f"the prompt takes {len(ids)} tokens, and there is room for {self.room}")
+        return ids
+
+    def _free(self) -> int:
+        """Bytes that a device has for the model."""
+        if self.cuda:
+            free, total = torch.cuda.mem_get_info()
+            return int(min(free, total * self.memory))
+        # The processes of several devices are all on this machine.
+        return int(psutil.virtual_memory().available / self.devices)
+
+    def _load(self) -> LLMEngine:
+        torch.set_num_threads(self.threads)
+        if not loaded():
+            raise ModelError(
+                "vLLM did not load shardsight's plugin, without which PaliGemma gives wrong answers: install the "
+                "package (pip install -e .), and let VLLM_PLUGINS, where it is set, name shardsight"
+            )
+        arguments: dict[str, Any] = {}
+        if self.adapter:
+            rank, everywhere = self.adapter[1:]
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            arguments |= {"enable_tower_connector_lora": everywhere}
+        if not self.cuda:
+            # Room for all that run at once, as far as memory goes: beyond it, requests are computed again.
+            token = self.info.kv_values * (4 if self.precision == "fp32" else 2) // self.devices
+            one = (math.ceil(self.length / BLOCK) + 1) * BLOCK * token
+            rest = self._free() - self.info.parameters * (4 if self.precision == "fp32" else 2)
+            arguments["kv_cache_memory_bytes"] = max(one, min(self.batch_size * one, rest // 2))
+            arguments["enforce_eager"] = True  # compiling takes a C++ compiler, and minutes
+        try:
+            return LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=self.info.path,
+                    dtype=DTYPES[self.precision],  # type: ignore[arg-type]
+                    max_model_len=self.length,
+                    max_num_seqs=self.batch_size,
+                    max_num_batched_tokens=max(self.length, 8192 if self.cuda else 2048),
+                    enable_chunked_prefill=False,
+                    enable_prefix_caching=False,
+                    gpu_memory_utilization=self.memory,
+                    mm_processor_cache_gb=0.25,
+                    tensor_parallel_size=self.devices,
+                    distributed_executor_backend="mp" if self.devices > 1 else "uni",
+                    disable_log_stats=True,
+                    **arguments,
+                )
+            )
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{self.info.path} cannot be loaded: {first}") from error
+
+    def _run(self, ready: "Future[None]") -> None:
+        try:
+            engine = self._load()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        try:
+            self._serve(engine)
+            self._refuse(EngineDied("the engine was closed"))
+        except EngineDied as error:
+            self._refuse(error)
+
+    def _serve(self, engine: LLMEngine) -> None:
+        """Compute what is asked until None is. A picture is prepared while others still wait for their turn."""
+        live: dict[str, Future[Generated]] = {}
+        params = SamplingParams(temperature=0, max_tokens=self.max_tokens, logprobs=0, detokenize=False)
+        adapter = LoRARequest("adapter", 1, self.adapter[0]) if self.adapter else None
+        number, open_ = 0, True
+        try:
+            while open_ or live:
+                while open_ and len(live) < 2 * self.batch_size:
+                    try:
+                        request = self.waiting.get(block=not live)
+                    except queue.Empty:
+                        break
+                    if request is None:
+                        open_ = False
+                        break
+                    number += 1
+                    picture = {"image": Image.fromarray(request.frame)}
+                    prompt: Any = {"prompt_token_ids": list(request.ids), "multi_modal_data": picture}
+                    try:
+                        engine.add_request(str(number), prompt, params, lora_request=adapter)
+                        live[str(number)] = request.future
+                    except Exception as error:  # this request's own
+                        request.future.set_exception(Failure.of(error))
+                for output in engine.step() if live else ():
+                    if output.finished:
+                        live.pop(output.request_id).set_result(_generated(output.outputs[0]))
+        except Exception as error:
+            died = EngineDied(f"the engine failed: {type(error).__name__}: {error}")
+            for future in live.values():
+                future.set_exception(died)
+            raise died from error
+
+    def _refuse(self, error: EngineDied) -> None:
+        while True:
+            try:
+                request = self.waiting.get(block=False)
+            except queue.Empty:
+                return
+            if request is not None:
+                request.future.set_exception(error)
+
+
+def _generated(output: Any) -> Generated:
+    ids = list(output.token_ids)
+    logprobs = [each[token].logprob for each, token in zip(output.logprobs, ids, strict=True)]
+    return Generated(ids, logprobs, str(output.finish_reason))
+
+
+def _frames(table: pa.Table) -> Iterable[tuple[int, np.ndarray]]:
+    """(row, RGB uint8 (h, w, 3)) of the rows that have a frame, without copying it."""
+    columns = (table[name] for name in ("frame", "frame_height", "frame_width"))
+    for index, (frame, height, width) in enumerate(zip(*columns, strict=True)):
+        if frame.is_valid:
+            yield index, np.frombuffer(frame.as_buffer(), np.uint8).reshape(height.as_py(), width.as_py(), 3)
+
+
+def _replace(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def _vocabulary(tokenizer: Any) -> Vocabulary:
+    ids = tokenizer.get_vocab()
+    try:
+        return Vocabulary(
+            loc={ids[f"<loc{number:04}>"]: number for number in range(1024)},
+            seg={ids[f"<seg{number:03}>"]: number for number in range(128)},
+            decode=lambda part: tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        )
+    except KeyError as error:
+        raise ModelError(f"its tokenizer lacks {error.args[0]}: save it with PaliGemmaProcessor") from None
+
+
+def _masks(folder: str) -> Any:
+    """The decoder of `<seg>` codes, where the model's folder holds its weights."""
+    path = Path(folder) / "vae-oid.npz"
+    if not path.exists():
+        return None
+    from shardsight.paligemma.masks import MaskDecoder
+
+    return MaskDecoder.load(path)
+
+
+def _adapter(folder: str) -> tuple[str, int, bool]:
+    """(folder, rank that vLLM has room for, whether it reaches beyond the language model)."""
+    path = Path(folder)
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        names = list(shapes(path / "adapter_model.safetensors"))
+        rank = next(rank for rank in RANKS if rank >= int(config["r"]))
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise ModelError(
+            f"{folder} is no LoRA adapter: expected adapter_config.json with r up to {RANKS[-1]} and "
+            f"adapter_model.safetensors ({type(error).__name__}: {error})"
+        ) from error
+    if config.get("modules_to_save"):
+        raise ModelError(f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first")
+    return str(path.resolve()), rank, any("vision_tower" in name or "multi_modal_projector" in name for name in names)
+
+
+def _precision(cuda: bool) -> str:
+    """fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "fp16" if cuda else "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"

@@ -1,0 +1,131 @@
+"""PaliGemma's prompts, checked; and what its answers say, from their token ids."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# A `;` next to a space separates names; inside a word it belongs to the name.
+_SEPARATOR = re.compile(r"\s+;\s*|\s*;\s+|\s*;$")
+_FORMS = {
+    "caption": "caption LANG",
+    "cap": "cap LANG",
+    "describe": "describe LANG",
+    "answer": "answer LANG QUESTION",
+    "question": "question LANG ANSWER",
+    "detect": "detect NAME ; NAME",
+    "segment": "segment NAME ; NAME",
+}
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
+BINS = 1024
+LOCATIONS, CODES = 4, 16
+
+
+class PromptError(ValueError):
+    """A prompt that PaliGemma was not trained to take: one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: as the model is asked, without the newline that ends it. names: that it is to find, in their order."""
+
+    text: str
+    names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(text: str) -> "Prompt":
+        """One of PaliGemma's forms, or free text, which PaliGemma 2 mix takes. Raises PromptError.
+
+        The forms are those of Google's guide, `ocr` among them. What begins as a form and lacks its rest is refused.
+        """
+        text = text.strip()
+        word, _, rest = text.partition(" ")
+        rest = rest.strip()
+        if not text:
+            raise PromptError("an empty prompt asks nothing: give one, as 'caption en'")
+        if "\n" in text:
+            raise PromptError(f"a newline ends a prompt, and {text!r} has one inside: give it on one line")
+        if found := re.search(r"<(image|bos|eos|pad|unk)>", text):
+            raise PromptError(f"{found[0]} has its place before the prompt: leave it out of {text!r}")
+        form = _FORMS.get(word)
+        language, _, tail = rest.partition(" ")
+        if form and (not rest or (word in ("answer", "question") and _LANGUAGE.fullmatch(language) and not tail)):
+            raise PromptError(f"{text!r} lacks its rest: write {form}")
+        if word not in ("detect", "segment"):
+            return Prompt(text)
+        names = tuple(name.strip() for name in _SEPARATOR.split(rest))
+        if not all(names):
+            raise PromptError(f"{text!r} has an empty name: write {form}")
+        return Prompt(text, names)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """loc, seg: token id → its number. decode: ids → text."""
+
+    loc: dict[int, int]
+    seg: dict[int, int]
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """One well-formed sequence of an answer: `<loc>` ×4, perhaps `<seg>` ×16, perhaps a label.
+
+    locations: y1, x1, y2, x2, of 0 to 1023. codes: of the mask, 0 to 127; empty without one.
+    score: the geometric mean of the probabilities of the label's tokens; of the locations', where it has no label.
+    """
+
+    locations: tuple[int, ...]
+    codes: tuple[int, ...]
+    label: str | None
+    score: float
+
+
+def find(ids: Sequence[int], logprobs: Sequence[float], vocabulary: Vocabulary, names: Sequence[str]) -> list[Found]:
+    """What an answer, token ids with their log-probabilities, has found of `names`. What is malformed is left out.
+
+    Malformed is: another number of locations or codes in a row, and a box without area (big_vision's evaluators count
+    both as invalid).
+    """
+    import numpy as np
+
+    kinds = ["l" if token in vocabulary.loc else "s" if token in vocabulary.seg else "t" for token in ids]
+    found = []
+    # Runs of one kind: locations, codes with or without space before them, and text up to the next of either.
+    for match in re.finditer(r"(l+)(t*?)(s*)(?=[lt]|$)(t*)", "".join(kinds)):
+        between = vocabulary.decode(ids[match.start(2) : match.end(2)])
+        if match.end(1) - match.start(1) != LOCATIONS or between.strip():
+            continue
+        codes = ids[match.start(3) : match.end(3)]
+        if codes and len(codes) != CODES:
+            continue
+        y1, x1, y2, x2 = places = tuple(vocabulary.loc[token] for token in ids[match.start(1) : match.end(1)])
+        if y2 <= y1 or x2 <= x1:
+            continue
+        label, count = _label(ids[match.start(4) : match.end(4)], vocabulary)
+        scored = logprobs[match.start(4) : match.start(4) + count] if label else logprobs[match.start(1) : match.end(1)]
+        if not label and len(names) == 1:
+            label = names[0]
+        score = float(np.exp(np.mean(scored)))
+        found.append(Found(places, tuple(vocabulary.seg[token] for token in codes), label or None, score))
+    return found
+
+
+def _label(ids: Sequence[int], vocabulary: Vocabulary) -> tuple[str, int]:
+    """The label at the start of `ids`, up to a separator, and how many tokens it takes."""
+    label = _SEPARATOR.split(vocabulary.decode(ids), maxsplit=1)[0].rstrip()
+    count = next((n for n in range(len(ids)) if len(vocabulary.decode(ids[:n])) >= len(label)), len(ids))
+    return label.lstrip(), count
+
+
+def encode_box(box: Sequence[float], width: int, height: int) -> list[int]:
+    """x1, y1, x2, y2, pixels of a picture → y1, x1, y2, x2 in bins, as big_vision writes them: round(1023 × share)."""
+    x1, y1, x2, y2 = box
+    shares = (y1 / height, x1 / width, y2 / height, x2 / width)
+    return [min(max(round(share * (BINS - 1)), 0), BINS - 1) for share in shares]
+
+
+def decode_box(locations: Sequence[int], width: int, height: int) -> tuple[float, float, float, float]:
+    """The reverse: bin / 1023, as big_vision reads them; others divide by 1024, which is a tenth of a percent less."""
+    y1, x1, y2, x2 = (location / (BINS - 1) for location in locations)
+    return x1 * width, y1 * height, x2 * width, y2 * height
