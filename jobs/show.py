@@ -37,6 +37,7 @@ p { margin: 0 0 1rem; overflow-wrap: anywhere; opacity: .75; }
 figure { margin: 0; } img { width: 100%; border-radius: 6px; display: block; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .35rem; }
 figcaption span { opacity: .7; display: block; }
+figcaption dl { margin: .35rem 0 0; } figcaption dt { opacity: .7; } figcaption dd { margin: 0 0 .25rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; } td.count { text-align: right; width: 5rem; }
@@ -80,7 +81,7 @@ def page(out: Path, job: dict[str, Any], storage: Storage, count: int) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Shardsight: {html.escape(out.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(out.name)}</h1><p>{html.escape(str(job['configuration']['yolo']))}, {job['started']}</p>",
+        f"<h1>{html.escape(out.name)}</h1><p>{html.escape(' · '.join(job['models'][name]['path'] for name in job['models']))}, {job['started']}</p>",
         "<dl class=numbers>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in numbers.items()) + "</dl>",
         "<h2>What was found</h2>" + _table(("label", "count"), [(label, f"{n:,}") for label, n in labels]),
         "<h2>Pictures</h2><div class=pictures>" + "".join(_figure(row, storage) for row in good) + "</div>",
@@ -93,8 +94,10 @@ def page(out: Path, job: dict[str, Any], storage: Storage, count: int) -> str:
 
 def _labels(rows: ds.Dataset) -> list[tuple[str, int]]:
     found: Counter[str] = Counter()
-    for batch in rows.to_batches(columns=["detections", "classes"]):
-        found.update(pc.struct_field(pc.list_flatten(batch["detections"]), "label").to_pylist())
+    for batch in rows.to_batches(columns=["detections", "classes", "answers"]):
+        answered = pc.struct_field(pc.list_flatten(batch["answers"]), "detections")
+        for detections in (batch["detections"], answered):
+            found.update(pc.struct_field(pc.list_flatten(detections), "label").to_pylist())
         found.update(classes[0]["label"] for classes in batch["classes"].to_pylist() if classes)
     return found.most_common()
 
@@ -115,8 +118,13 @@ def _figure(row: dict[str, Any], storage: Storage) -> str:
     source = f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
     found = row["classes"][:1] if row["classes"] else row["detections"] or []
     counts = Counter(one["label"] for one in found)
-    words = html.escape(", ".join(f"{n} {label}" for label, n in counts.items()) or "nothing")
-    caption = f"<figcaption>{name}<span>{words}</span></figcaption>"
+    words = html.escape(
+        ", ".join(f"{n} {label}" for label, n in counts.items()) or ("" if row["answers"] else "nothing")
+    )
+    said = [(answer["prompt"], answer["text"]) for answer in row["answers"] or []]
+    said += [(f"{one['label']} {number}", one["text"]) for number, one in enumerate(found, 1) if one.get("text")]
+    answers = "".join(f"<dt>{html.escape(asked)}</dt><dd>{html.escape(text) or '–'}</dd>" for asked, text in said)
+    caption = f"<figcaption>{name}<span>{words}</span>{answers and f'<dl>{answers}</dl>'}</figcaption>"
     return f"<figure><img alt='{name}: {words}' src='{source}'>{caption}</figure>"
 
 
@@ -135,13 +143,18 @@ def _bytes(row: dict[str, Any], storage: Storage) -> bytes:
 
 
 def _draw(row: dict[str, Any], data: bytes) -> np.ndarray:
-    """RGB uint8, no larger than SIDE, with everything that was found drawn over it by supervision."""
+    """RGB uint8, no larger than SIDE, with everything that was found drawn over it."""
     scale = min(1.0, SIDE / max(row["width"], row["height"]))
     size = max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale))
     frame = cv2.resize(decode(data, lambda *_: size)[0], size, interpolation=cv2.INTER_AREA)
-    found = row["detections"] or []
-    if not found:
-        return frame
+    for found in (row["detections"], *(answer["detections"] for answer in row["answers"] or [])):
+        frame = _annotate(frame, found, scale) if found else frame
+    return frame
+
+
+def _annotate(frame: np.ndarray, found: list[dict[str, Any]], scale: float) -> np.ndarray:
+    """Detections of one model, drawn by supervision over an RGB uint8 frame of that scale."""
+    size = frame.shape[1], frame.shape[0]
     masks = [
         cv2.resize(rle.decode({"size": [m["height"], m["width"]], "counts": m["counts"].encode()}), size)
         for m in (one["mask"] for one in found)
@@ -150,22 +163,22 @@ def _draw(row: dict[str, Any], data: bytes) -> np.ndarray:
     corners = [np.reshape(one["corners"], (4, 2)) * scale for one in found if one["corners"]]
     detections = sv.Detections(
         xyxy=np.array([[one["x1"], one["y1"], one["x2"], one["y2"]] for one in found]) * scale,
-        mask=np.array(masks, bool) if masks else None,
+        mask=np.array(masks, bool) if len(masks) == len(found) else None,
         confidence=np.array([one["score"] for one in found]),
-        class_id=np.array([one["class_id"] for one in found]),
+        class_id=np.array([one["class_id"] or 0 for one in found]),
         data={"xyxyxyxy": np.array(corners)} if corners else {},
     )
     frame = frame[:, :, ::-1].copy()  # supervision draws on BGR
-    if masks:
+    if detections.mask is not None:
         frame = sv.MaskAnnotator(opacity=0.45).annotate(frame, detections)
     box = sv.OrientedBoxAnnotator(thickness=2) if corners else sv.BoxAnnotator(thickness=2)
     frame = box.annotate(frame, detections)
     keypoints = [[(p["x"] * scale, p["y"] * scale) for p in one["keypoints"]] for one in found if one["keypoints"]]
     if keypoints:
         frame = sv.VertexAnnotator(radius=3).annotate(frame, sv.KeyPoints(xy=np.array(keypoints, np.float32)))
-    labels = [f"{one['label']} {one['score']:.2f}" for one in found]
+    labels = [f"{one['label'] or ''} {one['score']:.2f}" for one in found]
     labeller = sv.LabelAnnotator(text_scale=0.35, text_padding=2, text_thickness=1)
-    return labeller.annotate(frame, detections, labels)[:, :, ::-1]
+    return np.ascontiguousarray(labeller.annotate(frame, detections, labels)[:, :, ::-1])
 
 
 if __name__ == "__main__":

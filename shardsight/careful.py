@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from shardsight.load import Load
-from shardsight.records import ERROR, FRAME, Failure
+from shardsight.records import ERROR, Failure, with_column, without_frames
 from shardsight.sources import Record, Unit, printable, read
 
 ENDED = (WorkerCrashedError, RayActorError, OutOfMemoryError, NodeDiedError)
@@ -26,11 +26,11 @@ class Hopeless(Exception):
 
 
 class Careful:
-    """Units → rows. It has processes of its own: one that reads and decodes, and `model()`, an actor that annotates."""
+    """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`."""
 
-    def __init__(self, load: Load, model: Callable[[], Any]) -> None:
-        self.load, self.start = load, model
-        self.model: Any = None
+    def __init__(self, load: Load, models: dict[str, Callable[[], Any]]) -> None:
+        self.load, self.start = load, models
+        self.models: dict[str, Any] = {}
         self.condemned = 0  # records in a row
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -69,15 +69,20 @@ class Careful:
                     return
 
     def annotate(self, table: pa.Table, id: str) -> pa.Table:
-        for _ in range(ATTEMPTS):
-            try:
-                self.model = self.model or self.start()
-                annotated = ray.get(self.model.__call__.remote(table))
-                self.condemned = 0
-                return annotated
-            except ENDED as error:
-                self.model, last = None, error
-        return self.condemn(table, id, "yolo", last)
+        """One record's row through all stages, or to the one that it does not survive."""
+        for stage in self.start:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    model = self.models.get(stage) or self.start[stage]()
+                    self.models[stage] = model
+                    table = ray.get(model.__call__.remote(table))
+                    break
+                except ENDED as error:
+                    self.models.pop(stage, None)
+                    if attempt == ATTEMPTS:
+                        return self.condemn(table, id, stage, error)
+        self.condemned = 0
+        return table
 
     def condemn(self, table: pa.Table, id: str, stage: str, error: Exception) -> pa.Table:
         """The row of a record that has ended its processes."""
@@ -90,9 +95,7 @@ class Careful:
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
         failure = Failure(kind, f"its process ended each of the {ATTEMPTS} times that it was tried alone")
         errors = pa.array([failure.row(stage)], ERROR)
-        return table.drop_columns([name for name, _ in FRAME]).set_column(
-            table.schema.get_field_index("error"), "error", errors
-        )
+        return with_column(without_frames(table), "error", errors)
 
 
 @ray.remote(num_cpus=1, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=1)

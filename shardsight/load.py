@@ -4,19 +4,42 @@ import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from shardsight.decode import decode
-from shardsight.letterbox import CentreCrop, Letterbox
 from shardsight.records import FRAME, PLACE, ROW, SECONDS, Failure
 from shardsight.sources import Record, read
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
 BYTES, ROWS = 8 << 20, 256  # of frames and of rows that wait to be handed on
+
+
+class Input(Protocol):
+    """What a model makes of a picture."""
+
+    def enough(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) below which a picture would lose what the model could see."""
+
+    def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
+        """The frame of a picture of width × height, no larger than the model needs it."""
+
+
+@dataclass(frozen=True)
+class Largest:
+    """What several models need of a picture; each makes its own input of it."""
+
+    inputs: tuple[Input, ...]
+
+    def enough(self, width: int, height: int) -> tuple[int, int]:
+        widths, heights = zip(*(input.enough(width, height) for input in self.inputs), strict=True)
+        return max(widths), max(heights)
+
+    def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
+        return frame
 
 
 @dataclass(frozen=True)
@@ -28,7 +51,7 @@ class Load:
     """
 
     storage: Storage
-    input: Letterbox | CentreCrop
+    input: Input
     scaled: bool = True
     keep_images: bool = False
 

@@ -16,6 +16,10 @@ class ModelError(Exception):
     """Weights that cannot be used: one sentence for the user."""
 
 
+class ModelDied(Exception):
+    """A model failed as a whole, by no record's fault: its process has to end, and another to be asked."""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """input: what frames become for it. sha256: of the file, or of a folder's files."""

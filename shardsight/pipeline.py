@@ -1,10 +1,12 @@
-"""The flow, wired with Ray Data: units → read and decode → YOLO → Parquet."""
+"""The flow, wired with Ray Data: units → read and decode → YOLO → PaliGemma → Parquet."""
 
+import os
 import pickle
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,50 +15,70 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from shardsight.careful import Careful
 from shardsight.load import Load
+from shardsight.models import ModelDied
 from shardsight.results import Results, Written
 from shardsight.sources import Unit
 
 # A file is written when it is full, or at the latest after so long: what a kill can cost.
 BYTES, SECONDS = 128 << 20, 20.0
+# Blocks that a model works on at once: vLLM's engine batches across them, so that it never waits for the next.
+CALLS = {"yolo": 1, "paligemma": 4}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """actors: least and most. cpus, gpus: what Ray reserves for one. threads: that it computes with."""
+class Stage:
+    """A model of the flow, in a pool of actors.
 
+    name: `yolo` or `paligemma`. arguments: of its class. actors: least and most. cpus, gpus: what Ray reserves for
+    one. threads: that it computes with.
+    """
+
+    name: str
+    arguments: dict[str, Any]
     actors: tuple[int, int]
     cpus: float
     gpus: float
     threads: int
 
 
-def plan(actors: str | None, gpus_per_actor: float | None) -> Plan:
-    """Sized to the cluster: an actor a GPU; without one, four threads an actor, of which one is left to decoding."""
+def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_per_actor: float | None) -> list[Stage]:
+    """Models' arguments by name → stages, sized to the cluster, of which each gets its share: an actor a GPU; without
+    one, an actor four threads, of which one is left to decoding."""
     cpus, gpus = int(ray.cluster_resources().get("CPU", 1)), ray.cluster_resources().get("GPU", 0.0)
-    share = (1.0 if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
+    share = (min(1.0, gpus / len(models)) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
     threads = min(cpus, 4)
-    count = max(1, int(gpus // share) if share else cpus // threads)
-    low, _, high = (actors or str(count)).partition(":")
-    reserved = float(cpus > count) if share else threads - 1.0
-    return Plan((int(low), int(high or low)), reserved, share, threads)
+    count = max(1, int(gpus // (share * len(models))) if share else cpus // (threads * len(models)))
+    reserved = float(cpus > count * len(models)) if share else (threads - 1) / len(models)
+    stages = []
+    for name, arguments in models.items():
+        low, _, high = (actors[name] or str(count)).partition(":")
+        stages.append(Stage(name, arguments, (int(low), int(high or low)), reserved, share, threads))
+    return stages
 
 
 class Annotator:
-    """YOLO in an actor; torch is imported there and not in the driver."""
+    """A model in an actor; torch is imported there and not in the driver."""
 
-    def __init__(self, **arguments: Any) -> None:
-        from shardsight.yolo import Yolo
+    def __init__(self, stage: Stage) -> None:
+        if stage.name == "yolo":
+            from shardsight.yolo import Yolo
 
-        self.model = Yolo(**arguments)
+            self.model: Any = Yolo(**stage.arguments, threads=stage.threads)
+        else:
+            from shardsight.paligemma.engine import PaliGemma
+
+            memory = 0.9 * (stage.gpus or 1)  # of the GPU that it may share with another model
+            self.model = PaliGemma(**stage.arguments, threads=stage.threads, memory=memory)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self.model(table)
+        try:
+            return self.model(table)
+        except ModelDied:
+            os._exit(1)  # Ray starts another, and asks it
 
 
-def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan, careful: bool = False) -> Dataset:
+def flow(units: list[Unit], load: Load, stages: list[Stage], careful: bool = False) -> Dataset:
     """Units → annotated rows. What a dying process takes with it is missing from them, unless it is `careful`."""
-    arguments = arguments | {"threads": plan.threads}
-    resources = {"num_cpus": plan.cpus, "num_gpus": plan.gpus}
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # A block is what one call of the model gets, of frames; or what is not yet written.
@@ -69,25 +91,39 @@ def flow(units: list[Unit], load: Load, arguments: dict[str, Any], plan: Plan, c
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
     if careful:
+
+        def start(stage: Stage) -> Any:
+            return ray.remote(Annotator).options(num_cpus=stage.cpus, num_gpus=stage.gpus).remote(stage)
+
         return blocks.map_batches(
             Careful,
-            fn_constructor_args=(load, lambda: ray.remote(Annotator).options(**resources).remote(**arguments)),
-            compute=ActorPoolStrategy(min_size=1, max_size=plan.actors[1]),
+            fn_constructor_args=(load, {stage.name: partial(start, stage) for stage in stages}),
+            compute=ActorPoolStrategy(min_size=1, max_size=max(stage.actors[1] for stage in stages)),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0,
         )
-    return blocks.map_batches(
+    blocks = blocks.map_batches(
         load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1}
-    ).map_batches(
-        Annotator,
-        fn_constructor_kwargs=arguments,
-        compute=ActorPoolStrategy(min_size=plan.actors[0], max_size=plan.actors[1]),
-        batch_size=None,
-        batch_format="pyarrow",
-        **resources,
-        ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
     )
+    for stage in stages:
+        calls = CALLS[stage.name]
+        blocks = blocks.map_batches(
+            Annotator,
+            fn_constructor_args=(stage,),
+            compute=ActorPoolStrategy(
+                min_size=stage.actors[0],
+                max_size=stage.actors[1],
+                max_concurrent_calls_per_actor=calls,
+                enable_true_multi_threading=calls > 1,
+            ),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=stage.cpus,
+            num_gpus=stage.gpus,
+            ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
+        )
+    return blocks
 
 
 @ray.remote(num_cpus=0)

@@ -1,8 +1,10 @@
 """The row: one Arrow schema for every job, and what travels with a row until it is written."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 DETECTION = pa.struct(
@@ -59,7 +61,7 @@ ROW = pa.schema(
 PLACE = [("unit", pa.string()), ("position", pa.int64()), ("last", pa.bool_())]
 # RGB uint8, row after row, and its size, which is the model's rather than the picture's.
 FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_height", pa.int32())]
-STAGES = ("read", "decode", "yolo")
+STAGES = ("read", "decode", "yolo", "paligemma")
 # What each stage spent on a row: by the clock, and of CPU time.
 SECONDS = [f"{stage}_{kind}_seconds" for stage in STAGES for kind in ("clock", "cpu")]
 
@@ -81,6 +83,23 @@ class Failure(Exception):
 
     def row(self, stage: str) -> dict[str, str]:
         return {"stage": stage, "type": self.type, "message": self.message[:1000]}
+
+
+def frames_of(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, RGB uint8 (h, w, 3)) of the rows that have a frame and no error, without copying it."""
+    columns = (table[name] for name in ("frame", "frame_height", "frame_width", "error"))
+    for index, (frame, height, width, error) in enumerate(zip(*columns, strict=True)):
+        if frame.is_valid and not error.is_valid:
+            yield index, np.frombuffer(frame.as_buffer(), np.uint8).reshape(height.as_py(), width.as_py(), 3)
+
+
+def without_frames(table: pa.Table) -> pa.Table:
+    return table.drop_columns([name for name, _ in FRAME])
+
+
+def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    """The table with another content of a column."""
+    return table.set_column(table.schema.get_field_index(name), name, column)
 
 
 def digest(id: str) -> bytes:

@@ -17,12 +17,13 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from shardsight.paligemma.prompts import Prompt
 from shardsight.storage import OPTIONS
 
 # Settings that change no row: another value goes on with the same output.
 _FREE = {
-    "output", "batch_size", "yolo_actors", "gpus_per_actor", "rows_per_file", "storage", "overwrite",
-    "retry_errors", "max_error_rate", "config",
+    "output", "batch_size", "yolo_actors", "paligemma_actors", "gpus_per_actor", "rows_per_file", "storage",
+    "overwrite", "retry_errors", "max_error_rate", "config",
 }  # fmt: skip
 _SECRET = ("key", "secret", "token")
 
@@ -32,7 +33,7 @@ class UsageError(Exception):
 
 
 class Settings(BaseSettings):
-    """Annotate pictures with YOLOv8 and write Parquet, each input exactly once."""
+    """Annotate pictures with YOLOv8, PaliGemma or both, and write Parquet, each input exactly once."""
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True, cli_prog_name="python -m jobs.annotate", extra="forbid", cli_avoid_json=True,
@@ -51,14 +52,25 @@ class Settings(BaseSettings):
     max_det: int = Field(300, ge=1, description="most detections of a picture")
     classes: list[int] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
-    paligemma: str | None = Field(None, description="not in this version")
-    prompt: list[str] = Field([], description="what PaliGemma is asked; repeatable")
+    paligemma: str | None = Field(None, description="folder, or name on Hugging Face's hub, of a PaliGemma 1 or 2")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    adapter: str | None = Field(None, description="folder of a LoRA adapter of it, as peft saves it")
+    prompt: list[str] = Field(
+        [],
+        description="what PaliGemma is asked, repeatable: caption en (by default), ocr, answer en QUESTION, "
+        "detect a ; b, segment a",
+    )
+    on: Literal["image", "regions"] = Field(
+        "image", description="PaliGemma sees the whole picture, or the crop of each of YOLO's detections"
+    )
+    max_tokens: int = Field(256, ge=1, description="most tokens of an answer")
     scaled_decode: CliImplicitFlag[bool] = Field(True, description="decode JPEGs no larger than the model needs")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
     batch_size: int | None = Field(None, ge=1, description="pictures the model takes at once; 64 on a GPU, else 16")
     yolo_actors: str | None = Field(None, description="MIN:MAX model processes; sized to the cluster by default")
+    paligemma_actors: str | None = Field(None, description="the same, of PaliGemma")
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
     rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
     uri_column: str | None = Field(None, description="column of uris, in Parquet and in .csv or .jsonl lists")
@@ -100,7 +112,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"unknown key {name}: choose from {', '.join(OPTIONS)}")
         return value
 
-    @field_validator("yolo_actors")
+    @field_validator("yolo_actors", "paligemma_actors")
     @classmethod
     def _actors(cls, value: str | None) -> str | None:
         if value is not None:
@@ -109,21 +121,26 @@ class Settings(BaseSettings):
                 raise ValueError("expected N or MIN:MAX, as 1:4")
         return value
 
-    @field_validator("paligemma")
+    @field_validator("prompt")
     @classmethod
-    def _paligemma(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError("this version has no PaliGemma: leave it out, and use --yolo")
-        return value
+    def _prompt(cls, value: list[str]) -> list[str]:
+        return [Prompt.of(text).text for text in value]
 
     @model_validator(mode="after")
     def _a_model(self) -> Self:
         if not self.inputs:
             raise ValueError("no input: give files, folders, globs or s3:// prefixes")
-        if self.prompt and not self.paligemma:
-            raise ValueError("--prompt needs a model to ask: give --paligemma MODEL")
-        if not self.yolo:
-            raise ValueError("no model: give --yolo MODEL")
+        for name in ("prompt", "revision", "adapter"):
+            if getattr(self, name) and not self.paligemma:
+                raise ValueError(f"--{name} needs a model to ask: give --paligemma MODEL")
+        if not (self.yolo or self.paligemma):
+            raise ValueError("no model: give --yolo MODEL, --paligemma MODEL or both")
+        if self.on == "regions" and not (self.yolo and self.paligemma):
+            raise ValueError("--on regions asks PaliGemma about YOLO's detections: give both --yolo and --paligemma")
+        if self.on == "regions" and len(self.prompt) > 1:
+            raise ValueError(f"--on regions takes one --prompt, as a detection has one text, not {len(self.prompt)}")
+        if self.paligemma and not self.prompt:
+            self.prompt = ["caption en"]
         return self
 
     def identity(self) -> dict[str, Any]:

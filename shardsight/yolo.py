@@ -37,7 +37,7 @@ from ultralytics.utils import SETTINGS, nms
 
 from shardsight.letterbox import Box, CentreCrop, Letterbox
 from shardsight.models import ModelError, ModelInfo
-from shardsight.records import CLASS, DETECTION, ERROR, Failure
+from shardsight.records import CLASS, DETECTION, ERROR, Failure, frames_of, with_column, without_frames
 
 if TYPE_CHECKING:
     from shardsight.compiled import Compiled
@@ -68,7 +68,7 @@ class Yolo:
     """One YOLOv8 of any task, as weights or as an export that ultralytics' AutoBackend opens.
 
     conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults to the model's own.
-    precision: auto, fp32, bf16 or fp16. threads: of the CPU; all by default.
+    precision: auto, fp32, bf16 or fp16. threads: of the CPU; all by default. keep_frames: another model comes after.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class Yolo:
         precision: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
+        keep_frames: bool = False,
     ) -> None:
+        self.keep_frames = keep_frames
         self.path = path = Path(model)
         if not path.exists():  # ultralytics would look for it on the net
             raise ModelError(f"there are no weights at {model}")
@@ -139,12 +141,12 @@ class Yolo:
         return Compiled(self.backend.model, self.dtype, self.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with FRAME columns → the same without them, with `detections` or `classes`; or with `error`."""
+        """Rows with FRAME columns → the same, with `detections` or `classes`, or with `error`, and without frames."""
         clock, cpu = time.perf_counter(), time.process_time()
         heights, widths = table["height"].to_pylist(), table["width"].to_pylist()
         groups: dict[tuple[int, int], list[tuple[int, np.ndarray, Box]]] = defaultdict(list)
         failed = table["error"].to_pylist()
-        for index, frame in _frames(table):
+        for index, frame in frames_of(table):
             box = self.input.place(widths[index], heights[index])
             groups[box.outer].append((index, frame, box))
         found: list[list[dict[str, Any]] | None] = [None] * len(table)
@@ -158,12 +160,12 @@ class Yolo:
         name, kind = ("classes", CLASS) if self.task == "classify" else ("detections", DETECTION)
         count = max(1, sum(map(len, groups.values())))
         spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
-        table = table.drop_columns(["frame", "frame_width", "frame_height"])
-        table = _replace(table, name, pa.array(found, pa.list_(kind)))
-        table = _replace(table, "error", pa.array(failed, ERROR))
+        table = table if self.keep_frames else without_frames(table)
+        table = with_column(table, name, pa.array(found, pa.list_(kind)))
+        table = with_column(table, "error", pa.array(failed, ERROR))
         for column, seconds in zip(("yolo_clock_seconds", "yolo_cpu_seconds"), spent, strict=True):
             values = [None if outcome is None else seconds for outcome in found]
-            table = _replace(table, column, pa.array(values, pa.float64()))
+            table = with_column(table, column, pa.array(values, pa.float64()))
         return table
 
     def _outcomes(
@@ -228,18 +230,6 @@ class Yolo:
 
     def _label(self, index: int) -> dict[str, Any]:
         return {"label": self.names[int(index)], "class_id": int(index)}
-
-
-def _frames(table: pa.Table) -> Iterable[tuple[int, np.ndarray]]:
-    """(row, RGB uint8 (h, w, 3)) of the rows that have a frame, without copying it."""
-    columns = (table[name] for name in ("frame", "frame_height", "frame_width"))
-    for index, (frame, height, width) in enumerate(zip(*columns, strict=True)):
-        if frame.is_valid:
-            yield index, np.frombuffer(frame.as_buffer(), np.uint8).reshape(height.as_py(), width.as_py(), 3)
-
-
-def _replace(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), name, column)
 
 
 def _original_mask(mask: np.ndarray, row: dict[str, Any], box: Box) -> dict[str, Any]:

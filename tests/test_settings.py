@@ -58,6 +58,13 @@ def test_secrets_are_not_recorded() -> None:
         (["a", *FINE, "--yolo-actors", "4:1"], "MIN:MAX"),
         (["a", *FINE, "--storage", "colour=red"], "unknown key colour"),
         (["a", *FINE, "--prompt", "caption en"], "--paligemma MODEL"),
+        (["a", *FINE, "--adapter", "lora"], "--paligemma MODEL"),
+        (["a", "--output", "o", "--paligemma", "p", "--prompt", "detect"], "detect NAME ; NAME"),
+        (["a", "--output", "o", "--paligemma", "p", "--on", "regions"], "both --yolo and --paligemma"),
+        (
+            ["a", *FINE, "--paligemma", "p", "--on", "regions", "--prompt", "ocr", "--prompt", "caption en"],
+            "one --prompt",
+        ),
         (["a", *FINE, "--config", "nowhere.yaml"], "does not exist"),
     ],
 )

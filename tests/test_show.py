@@ -29,7 +29,7 @@ def test_page(tmp_path: Path, jpegs: list[bytes]) -> None:
     results.save_job(
         {
             **{"inputs": 3, "rows": 3, "errors": {"decode": {"NotAnImage": 1}}, "rows_per_second": 1.0},
-            **{"exactly_once": True, "started": "now", "configuration": {"yolo": "m.pt"}},
+            **{"exactly_once": True, "started": "now", "models": {"yolo": {"path": "m.pt"}}},
         }
     )
     assert show.main([str(out)]) == 0

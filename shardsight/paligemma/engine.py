@@ -352,7 +352,9 @@ def _adapter(folder: str) -> tuple[str, int, bool]:
             f"adapter_model.safetensors ({type(error).__name__}: {error})"
         ) from error
     if config.get("modules_to_save"):
-        raise ModelError(f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first")
+        raise ModelError(
+            f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first"
+        )
     return str(path.resolve()), rank, any("vision_tower" in name or "multi_modal_projector" in name for name in names)
 
 
