@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import hypothesis
 import pytest
 
 from shardsight.demo.scenes import Scene, scenes
@@ -27,6 +28,9 @@ WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("shardsight", deadline=None)
+hypothesis.settings.load_profile("shardsight")
 S3_KEY, S3_SECRET = "test-key", "test-secret"
 
 

@@ -95,7 +95,7 @@ def test_first_frame_of_an_animation() -> None:
 
 
 @given(width=st.integers(1, 400), height=st.integers(1, 400), target=st.integers(1, 400))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_scaled_decoding_is_never_too_small(width: int, height: int, target: int) -> None:
     """Reduced decoding that went below the model's size would blur every picture unseen."""
     data = save(picture(size=(width, height)), "JPEG")
@@ -140,7 +140,7 @@ def test_harmless_damage_is_forgiven() -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]), st.integers(0, 400))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_garbage_never_raises_anything_else(junk: bytes, format: str, at: int) -> None:
     data = bytearray(save(picture(), format))
     data[at : at + len(junk)] = junk

@@ -13,7 +13,7 @@ from shardsight.letterbox import Letterbox
     imgsz=st.tuples(st.integers(1, 25), st.integers(1, 25)).map(lambda sides: (sides[0] * 32, sides[1] * 32)),
     minimal=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_placement_equals_ultralytics(width: int, height: int, imgsz: tuple[int, int], minimal: bool) -> None:
     """A pixel of difference in the padding moves every box of every picture of that shape."""
     from ultralytics.data.augment import LetterBox
@@ -29,7 +29,7 @@ def test_placement_equals_ultralytics(width: int, height: int, imgsz: tuple[int,
 
 
 @given(width=st.integers(1, 200), height=st.integers(1, 200), seed=st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shrinking_first_changes_no_pixel(width: int, height: int, seed: int) -> None:
     """Frames are brought to the model's size before they travel: what the model sees must be the same."""
     from ultralytics.data.augment import LetterBox

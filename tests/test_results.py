@@ -70,7 +70,7 @@ def test_rows_twice_in_one_write(results: Results) -> None:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_order_split_retry_and_loss_of_batches(data: st.DataObject) -> None:
     """What Ray may do to batches, run after run: after restarts each position is there once, and none twice on the way.
 

@@ -49,7 +49,7 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(["a.jpg", "a.jpg#2", "b.jpg", "a.png"]), max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_names_that_repeat_stay_apart(names: list[str]) -> None:
     """Ids are unique even where a member's name looks like our mark for a second one; and stable when some are done."""
     import tempfile
@@ -66,7 +66,7 @@ def test_names_that_repeat_stay_apart(names: list[str]) -> None:
 @given(st.integers(0, 20_000))
 @example(11264)  # where the last member ends: more could have followed
 @example(11265)  # and a zero, which begins no header
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_tar_cut_anywhere(cut: int) -> None:
     """All whole members come out, and the cut is said exactly once, unless only padding is gone."""
     import tempfile
