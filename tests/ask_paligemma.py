@@ -51,6 +51,7 @@ def main(folder: Path) -> None:
 
     from shardsight.paligemma import engine
     from shardsight.paligemma.prompts import Prompt
+
     preempted = 0
     original = Scheduler._preempt_request
 

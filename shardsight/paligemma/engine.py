@@ -31,7 +31,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from shardsight.models import ModelError
-from shardsight.paligemma.model import PaliGemmaInfo, fits, inspect, shapes
+from shardsight.paligemma.model import fits, inspect, shapes
 from shardsight.paligemma.plugin import loaded
 from shardsight.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
 from shardsight.records import ANSWER, ERROR, Failure
@@ -96,8 +96,8 @@ class PaliGemma:
         self.room = self.length - self.info.image_tokens - 1 - max_tokens  # for a prompt and its newline
         if self.room < 2:
             raise ModelError(
-                f"{model} takes {self.info.image_tokens} tokens for a picture and {self.info.length} in all, which "
-                f"leaves no room for a prompt and {max_tokens} of an answer: use a smaller resolution, or fewer max_tokens"
+                f"{model} takes {self.info.length} tokens at most, {self.info.image_tokens} of them for a picture, which "
+                f"leaves no room for a prompt and {max_tokens} of an answer: ask for fewer, or use a smaller resolution"
             )
         self.adapter = _adapter(adapter) if adapter else None
         fits(self.info, self.precision, self._free(), self.length, devices)
@@ -136,9 +136,7 @@ class PaliGemma:
                 failed[index] = Failure.of(error).row("paligemma")
                 continue
             answers[index] = [*(answers[index] or []), answer]
-        for index, error in enumerate(failed):
-            if error is not None:
-                answers[index] = None
+        answers = [None if error else answer for answer, error in zip(answers, failed, strict=True)]
         count = max(1, len({index for index, _, _ in asked}))
         spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
         table = table.drop_columns(["frame", "frame_width", "frame_height"])
@@ -177,7 +175,7 @@ class PaliGemma:
 
     def _detection(self, found: Found, prompt: Prompt, width: int, height: int) -> dict[str, Any]:
         box = decode_box(found.locations, width, height)
-        row = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+        row: dict[str, Any] = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
         class_id = prompt.names.index(found.label) if found.label in prompt.names else None
         row |= {"label": found.label, "class_id": class_id, "score": found.score}
         if found.codes and self.masks:
@@ -280,7 +278,8 @@ class PaliGemma:
                         live[str(number)] = request.future
                     except Exception as error:  # this request's own
                         request.future.set_exception(Failure.of(error))
-                for output in engine.step() if live else ():
+                outputs: Any = engine.step() if live else ()
+                for output in outputs:
                     if output.finished:
                         live.pop(output.request_id).set_result(_generated(output.outputs[0]))
         except Exception as error:
@@ -334,7 +333,7 @@ def _masks(folder: str) -> Any:
     path = Path(folder) / "vae-oid.npz"
     if not path.exists():
         return None
-    from shardsight.paligemma.masks import MaskDecoder
+    from shardsight.paligemma.masks import MaskDecoder  # type: ignore[import-untyped, unused-ignore]
 
     return MaskDecoder.load(path)
 
@@ -352,7 +351,9 @@ def _adapter(folder: str) -> tuple[str, int, bool]:
             f"adapter_model.safetensors ({type(error).__name__}: {error})"
         ) from error
     if config.get("modules_to_save"):
-        raise ModelError(f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first")
+        raise ModelError(
+            f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first"
+        )
     return str(path.resolve()), rank, any("vision_tower" in name or "multi_modal_projector" in name for name in names)
 
 

@@ -55,7 +55,9 @@ def locate(model: str, revision: str | None = None) -> str:
     if Path(model).is_dir():
         return model
     if Path(model).exists() or model.count("/") != 1 or model[0] in "/.~":
-        raise ModelError(f"there is no folder {model}: give a folder with config.json, or a name on the hub, as ORG/NAME")
+        raise ModelError(
+            f"there is no folder {model}: give a folder with config.json, or a name on the hub, as ORG/NAME"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -80,7 +82,9 @@ def _inspect(folder: str, changed: int) -> PaliGemmaInfo:
     try:
         config = json.loads((path / "config.json").read_text())
         if config.get("model_type") != "paligemma":
-            raise ModelError(f"{folder} is a {config.get('model_type')}, not a PaliGemma: its model_type must be paligemma")
+            raise ModelError(
+                f"{folder} is a {config.get('model_type')}, not a PaliGemma: its model_type must be paligemma"
+            )
         size = int(_size(path, config))
         vision, text = config["vision_config"], config["text_config"]
         # What a field is where config.json leaves it out, as in Google's own of PaliGemma 1.
@@ -115,7 +119,9 @@ def _size(path: Path, config: dict[str, Any]) -> int:
     state = json.loads(processor.read_text())
     state = state.get("image_processor", state)
     if state["size"]["height"] != size or state["size"]["width"] != size:
-        raise ModelError(f"{path} scales pictures to {state['size']}, but its model sees {size} pixels: correct one of both")
+        raise ModelError(
+            f"{path} scales pictures to {state['size']}, but its model sees {size} pixels: correct one of both"
+        )
     return int(size)
 
 
