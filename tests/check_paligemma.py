@@ -134,7 +134,7 @@ def test_table(folder: Path) -> None:
 
 def test_model_refused(folder: Path, tmp_path: Path) -> None:
     """One sentence, before an engine starts."""
-    with pytest.raises(ModelError, match="leaves no room for a prompt and 250"):
+    with pytest.raises(ModelError, match="no room for a prompt and 250"):
         PaliGemma(str(folder), max_tokens=250)
     with pytest.raises(ModelError, match="is no LoRA adapter"):
         PaliGemma(str(folder), max_tokens=8, adapter=str(tmp_path))

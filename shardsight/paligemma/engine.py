@@ -4,7 +4,6 @@ import os
 
 # The engine in this process: our prompts' lengths reach it, and it starts in a fifth of the time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"  # what the hub has was fetched by model.locate
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -86,6 +86,7 @@ class PaliGemma:
     ) -> None:
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision)
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what it has was fetched just now
         self.max_tokens, self.devices, self.memory = max_tokens, devices, memory
         self.cuda = torch.cuda.is_available()
         self.precision = _precision(self.cuda) if precision == "auto" else precision
@@ -96,8 +97,8 @@ class PaliGemma:
         self.room = self.length - self.info.image_tokens - 1 - max_tokens  # for a prompt and its newline
         if self.room < 2:
             raise ModelError(
-                f"{model} takes {self.info.length} tokens at most, {self.info.image_tokens} of them for a picture, which "
-                f"leaves no room for a prompt and {max_tokens} of an answer: ask for fewer, or use a smaller resolution"
+                f"{model} takes {self.info.length} tokens, {self.info.image_tokens} of them for a picture, which leaves "
+                f"no room for a prompt and {max_tokens} of an answer: ask for fewer, or take a lower resolution"
             )
         self.adapter = _adapter(adapter) if adapter else None
         fits(self.info, self.precision, self._free(), self.length, devices)
