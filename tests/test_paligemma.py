@@ -1,13 +1,21 @@
 """PaliGemma's tokens are Hugging Face's, whatever shares the engine with them."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.ask_paligemma import Answered, Asked, ask
-from tests.small_paligemma import PROMPTS, Reference, adapter, as_published, make, pictures
+from shardsight.models import ModelError
+from shardsight.paligemma.model import fits, inspect
+from tests.ask_paligemma import ROOT, Answered, Asked, ask
+from tests.small_paligemma import IMAGE_SIZE, PROMPTS, Reference, adapter, as_published, make, pictures
 
 TOKENS, LONG = 16, 120  # of an answer; LONG takes more of vLLM's blocks than its prompt does
 SHAPES = [
@@ -94,3 +102,71 @@ def test_other_tokens_with_stock_vllm(kind: str, tmp_path: Path) -> None:
     pairs = pairs_of(2)
     [answered] = ask([Asked(model, pairs, {"max_tokens": TOKENS})], tmp_path, stock=True)
     assert compare(answered, Reference(model), pairs)[0] < 0.2 * len(pairs)
+
+
+def test_inside_vllm() -> None:
+    """The mask's parts, the refusals and the table, in check_paligemma.py: vLLM changes the process it is in."""
+    command = [sys.executable, "-m", "pytest", "tests/check_paligemma.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.slow
+def test_refused_without_the_plugin(tmp_path: Path) -> None:
+    """vLLM only logs that it could not load a plugin; the answers would be wrong."""
+    model = make(tmp_path / "model")
+    code = f"from shardsight.paligemma.engine import PaliGemma; PaliGemma({str(model)!r}, max_tokens=8)"
+    environment = os.environ | {"VLLM_PLUGINS": "none"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "vLLM did not load shardsight's plugin" in done.stderr
+
+
+def test_known_before_it_is_loaded(tmp_path: Path) -> None:
+    """What job.json says of a model and the driver checks; of both layouts of weights."""
+    model = make(tmp_path / "model", "gemma2", seed=1)
+    info = inspect(str(model))
+    assert info.input.size == IMAGE_SIZE and info.image_tokens == 16 and info.length == 256
+    assert info.kv_values == 2 * 3 * 1 * 32 and len(info.sha256) == 64
+    assert info.parameters == sum(weight.numel() for weight in Reference(model).model.parameters())
+    fits(info, "bf16", available=10 * info.parameters, tokens=256)
+    with pytest.raises(ModelError, match="use a smaller model, a shorter precision, or more devices"):
+        fits(info, "fp32", available=4 * info.parameters, tokens=256)
+    fits(info, "fp32", available=4 * info.parameters, tokens=256, devices=2)
+    published = inspect(str(as_published(model)))
+    assert published.parameters == info.parameters and published.sha256 != info.sha256
+
+
+def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        state = json.loads((folder / name).read_text())
+        change(state)
+        (folder / name).write_text(json.dumps(state))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (shutil.rmtree, "there is no folder"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as a PaliGemma"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no .*safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be read as a PaliGemma"),
+        (_edit("config.json", lambda config: config.update(model_type="gemma")), "is a gemma, not a PaliGemma"),
+        (_edit("config.json", lambda config: config["vision_config"].update(image_size=224)), "its model sees 224"),
+    ],
+)
+def test_folder_refused(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+    """One sentence each."""
+    model = make(tmp_path / "model")
+    spoil(model)
+    with pytest.raises(ModelError, match=said):
+        inspect(str(model))
+
+
+def test_driver_stays_free_of_torch() -> None:
+    """It would cost it seconds and half a gigabyte."""
+    code = "import sys, shardsight.paligemma.model, shardsight.paligemma.prompts; "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

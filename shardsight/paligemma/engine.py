@@ -4,7 +4,6 @@ import os
 
 # The engine in this process: our prompts' lengths reach it, and it starts in a fifth of the time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"  # what the hub has was fetched by model.locate
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -31,7 +31,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from shardsight.models import ModelError
-from shardsight.paligemma.model import PaliGemmaInfo, fits, inspect, shapes
+from shardsight.paligemma.model import fits, inspect, shapes
 from shardsight.paligemma.plugin import loaded
 from shardsight.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
 from shardsight.records import ANSWER, ERROR, Failure
@@ -86,6 +86,7 @@ class PaliGemma:
     ) -> None:
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision)
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what it has was fetched just now
         self.max_tokens, self.devices, self.memory = max_tokens, devices, memory
         self.cuda = torch.cuda.is_available()
         self.precision = _precision(self.cuda) if precision == "auto" else precision
@@ -96,8 +97,8 @@ class PaliGemma:
         self.room = self.length - self.info.image_tokens - 1 - max_tokens  # for a prompt and its newline
         if self.room < 2:
             raise ModelError(
-                f"{model} takes {self.info.image_tokens} tokens for a picture and {self.info.length} in all, which "
-                f"leaves no room for a prompt and {max_tokens} of an answer: use a smaller resolution, or fewer max_tokens"
+                f"{model} takes {self.info.length} tokens, {self.info.image_tokens} of them for a picture, which leaves "
+                f"no room for a prompt and {max_tokens} of an answer: ask for fewer, or take a lower resolution"
             )
         self.adapter = _adapter(adapter) if adapter else None
         fits(self.info, self.precision, self._free(), self.length, devices)
@@ -136,9 +137,7 @@ class PaliGemma:
                 failed[index] = Failure.of(error).row("paligemma")
                 continue
             answers[index] = [*(answers[index] or []), answer]
-        for index, error in enumerate(failed):
-            if error is not None:
-                answers[index] = None
+        answers = [None if error else answer for answer, error in zip(answers, failed, strict=True)]
         count = max(1, len({index for index, _, _ in asked}))
         spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
         table = table.drop_columns(["frame", "frame_width", "frame_height"])
@@ -177,7 +176,7 @@ class PaliGemma:
 
     def _detection(self, found: Found, prompt: Prompt, width: int, height: int) -> dict[str, Any]:
         box = decode_box(found.locations, width, height)
-        row = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+        row: dict[str, Any] = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
         class_id = prompt.names.index(found.label) if found.label in prompt.names else None
         row |= {"label": found.label, "class_id": class_id, "score": found.score}
         if found.codes and self.masks:
@@ -280,7 +279,8 @@ class PaliGemma:
                         live[str(number)] = request.future
                     except Exception as error:  # this request's own
                         request.future.set_exception(Failure.of(error))
-                for output in engine.step() if live else ():
+                outputs: Any = engine.step() if live else ()
+                for output in outputs:
                     if output.finished:
                         live.pop(output.request_id).set_result(_generated(output.outputs[0]))
         except Exception as error:
@@ -334,7 +334,7 @@ def _masks(folder: str) -> Any:
     path = Path(folder) / "vae-oid.npz"
     if not path.exists():
         return None
-    from shardsight.paligemma.masks import MaskDecoder
+    from shardsight.paligemma.masks import MaskDecoder  # type: ignore[import-untyped, unused-ignore]
 
     return MaskDecoder.load(path)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from shardsight.models import ModelError
 
+_FILES = ["*.json", "*.safetensors", "*.model", "*.npz"]  # of a repository that are asked for
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -61,7 +62,7 @@ def locate(model: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return str(snapshot_download(model, revision=revision, allow_patterns=_FILES))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"there is no folder {model}, and the hub does not give it: {first}") from error

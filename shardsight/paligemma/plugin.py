@@ -21,5 +21,5 @@ def loaded() -> bool:
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
+    load_general_plugins()  # type: ignore[no-untyped-call]
     return getattr(ModelRegistry.models.get(MODEL), "module_name", None) == _MODULE

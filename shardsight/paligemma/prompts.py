@@ -91,19 +91,19 @@ def find(ids: Sequence[int], logprobs: Sequence[float], vocabulary: Vocabulary, 
 
     kinds = ["l" if token in vocabulary.loc else "s" if token in vocabulary.seg else "t" for token in ids]
     found = []
-    # Runs of one kind: locations, codes with or without space before them, and text up to the next of either.
-    for match in re.finditer(r"(l+)(t*?)(s*)(?=[lt]|$)(t*)", "".join(kinds)):
-        between = vocabulary.decode(ids[match.start(2) : match.end(2)])
-        if match.end(1) - match.start(1) != LOCATIONS or between.strip():
+    # Runs of one kind: locations, codes with nothing but space before them, text up to the next locations or codes.
+    for match in re.finditer(r"(l+)(t*)(s*)(t*)", "".join(kinds)):
+        where, space, codes, after = (ids[slice(*match.span(group))] for group in range(1, 5))
+        start, text = match.start(4), after
+        if not codes or vocabulary.decode(space).strip():  # then the codes, if any, are nobody's
+            codes, start, text = [], match.start(2), space
+        if len(where) != LOCATIONS or len(codes) not in (0, CODES):
             continue
-        codes = ids[match.start(3) : match.end(3)]
-        if codes and len(codes) != CODES:
-            continue
-        y1, x1, y2, x2 = places = tuple(vocabulary.loc[token] for token in ids[match.start(1) : match.end(1)])
+        y1, x1, y2, x2 = places = tuple(vocabulary.loc[token] for token in where)
         if y2 <= y1 or x2 <= x1:
             continue
-        label, count = _label(ids[match.start(4) : match.end(4)], vocabulary)
-        scored = logprobs[match.start(4) : match.start(4) + count] if label else logprobs[match.start(1) : match.end(1)]
+        label, count = _label(text, vocabulary)
+        scored = logprobs[start : start + count] if label else logprobs[slice(*match.span(1))]
         if not label and len(names) == 1:
             label = names[0]
         score = float(np.exp(np.mean(scored)))
