@@ -1,0 +1,91 @@
+"""Both models in one pass of the job; and PaliGemma on the crops of YOLO's detections."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardsight.decode import decode
+from tests.conftest import job_of, rows_of
+from tests.small_paligemma import Reference, make
+
+Annotate = Callable[..., tuple[int, str]]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("small"), "gemma", seed=21)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, jpegs: list[bytes]) -> Path:
+    """Eight scenes, and a file that is no picture."""
+    (tmp_path / "in").mkdir()
+    for index, data in enumerate(jpegs[:8]):
+        (tmp_path / "in" / f"{index}.jpg").write_bytes(data)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    return tmp_path / "in"
+
+
+def said(reference: Reference, frame: Any, prompt: str) -> str:
+    ids, _ = reference.answer(frame, prompt, TOKENS)
+    return str(reference.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def test_both_models_in_one_pass(
+    tmp_path: Path, folder: Path, small: Path, detector: Path, annotate: Annotate
+) -> None:
+    """Each prompt has its answer, and YOLO finds what it finds alone."""
+    prompts = ("caption en", "answer en how many dogs are there in the picture?")
+    asked = ("--paligemma", small, *(part for prompt in prompts for part in ("--prompt", prompt)))
+    exact = ("--precision", "fp32", "--no-scaled-decode", "--max-tokens", TOKENS, "--max-error-rate", 1)
+    code, text = annotate(folder, "--output", tmp_path / "both", "--yolo", detector, *asked, *exact)
+    assert code == 0, text
+    assert annotate(folder, "--output", tmp_path / "alone", "--yolo", detector, *exact)[0] == 0
+    both, alone = ({row["id"]: row for row in rows_of(tmp_path / name)} for name in ("both", "alone"))
+    assert both.keys() == alone.keys() and len(both) == 9
+    reference = Reference(small)
+    for id, row in both.items():
+        assert row["detections"] == alone[id]["detections"] and row["error"] == alone[id]["error"]
+        if row["error"]:
+            assert row["answers"] is None
+            continue
+        frame, _, _ = decode(Path(id).read_bytes())
+        assert [(one["prompt"], one["text"]) for one in row["answers"]] == [
+            (prompt, said(reference, frame, prompt)) for prompt in prompts
+        ]
+    job = job_of(tmp_path / "both")
+    assert job["exactly_once"] is True and job["stages"]["paligemma"]["rows"] == 8
+    assert set(job["models"]) == {"yolo", "paligemma"} and len(job["models"]["paligemma"]["sha256"]) == 64
+
+
+def test_regions_are_cut_out_of_the_original(
+    tmp_path: Path, folder: Path, small: Path, detector: Path, annotate: Annotate
+) -> None:
+    """A crop of the frame that YOLO sees would have lost what is to be read in it."""
+    asked = ("--paligemma", small, "--prompt", "ocr", "--on", "regions", "--max-tokens", TOKENS)
+    rest = ("--precision", "fp32", "--max-error-rate", 1)
+    code, text = annotate(folder, "--output", tmp_path / "out", "--yolo", detector, *asked, *rest)
+    assert code == 0, text
+    reference, count = Reference(small), 0
+    for row in rows_of(tmp_path / "out"):
+        if row["error"]:
+            continue
+        assert row["answers"] is None
+        frame, _, _ = decode(Path(row["id"]).read_bytes())
+        for one in row["detections"]:
+            x1, y1, x2, y2 = math.floor(one["x1"]), math.floor(one["y1"]), math.ceil(one["x2"]), math.ceil(one["y2"])
+            assert one["text"] == said(reference, frame[y1:y2, x1:x2], "ocr")
+            count += 1
+    assert count > 10
+
+
+def test_what_is_no_paligemma_is_one_sentence(
+    tmp_path: Path, folder: Path, detector: Path, annotate: Annotate
+) -> None:
+    for model in (detector, detector.parent, tmp_path / "nowhere"):
+        code, text = annotate(folder, "--output", tmp_path / "out", "--paligemma", model)
+        assert code == 2 and text.startswith("shardsight: ") and text.count("\n") == 1, text
