@@ -97,7 +97,7 @@ class PaliGemma:
         self.room = self.length - self.info.image_tokens - 1 - max_tokens  # for a prompt and its newline
         if self.room < 2:
             raise ModelError(
-                f"{model} takes {self.info.length} tokens, {self.info.image_tokens} of them for a picture, which leaves "
+                f"{model} takes {self.info.length} tokens, {self.info.image_tokens} of them a picture's, which leaves "
                 f"no room for a prompt and {max_tokens} of an answer: ask for fewer, or take a lower resolution"
             )
         self.adapter = _adapter(adapter) if adapter else None
