@@ -78,10 +78,11 @@ def page(out: Path, job: dict[str, Any], storage: Storage, count: int) -> str:
         "rows per second": f"{job['rows_per_second']:,.1f}",
         "each input exactly once": "yes" if job["exactly_once"] else "no",
     }
+    models = html.escape(" · ".join(model["path"] for model in job["models"].values()))
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Shardsight: {html.escape(out.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(out.name)}</h1><p>{html.escape(' · '.join(job['models'][name]['path'] for name in job['models']))}, {job['started']}</p>",
+        f"<h1>{html.escape(out.name)}</h1><p>{models}, {job['started']}</p>",
         "<dl class=numbers>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in numbers.items()) + "</dl>",
         "<h2>What was found</h2>" + _table(("label", "count"), [(label, f"{n:,}") for label, n in labels]),
         "<h2>Pictures</h2><div class=pictures>" + "".join(_figure(row, storage) for row in good) + "</div>",

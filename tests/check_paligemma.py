@@ -13,8 +13,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from shardsight.load import TABLE
-from shardsight.models import ModelError
-from shardsight.paligemma.engine import EngineDied, PaliGemma
+from shardsight.models import ModelDied, ModelError
+from shardsight.paligemma.engine import PaliGemma
 from shardsight.paligemma.prefix import Prefix, split, unsuited
 from shardsight.paligemma.prompts import Prompt
 from shardsight.records import Failure
@@ -128,7 +128,7 @@ def test_table(folder: Path) -> None:
         assert row["error"]["type"] == ("TruncatedImage" if row["id"] == "broken" else "PromptTooLong")
         assert row["error"]["stage"] == ("decode" if row["id"] == "broken" else "paligemma")
     model.close()
-    with pytest.raises(EngineDied):
+    with pytest.raises(ModelDied):
         model.ask(frames[0], Prompt.of("caption en")).result()
 
 

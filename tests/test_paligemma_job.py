@@ -35,9 +35,7 @@ def said(reference: Reference, frame: Any, prompt: str) -> str:
     return str(reference.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def test_both_models_in_one_pass(
-    tmp_path: Path, folder: Path, small: Path, detector: Path, annotate: Annotate
-) -> None:
+def test_both_models_in_one_pass(tmp_path: Path, folder: Path, small: Path, detector: Path, annotate: Annotate) -> None:
     """Each prompt has its answer, and YOLO finds what it finds alone."""
     prompts = ("caption en", "answer en how many dogs are there in the picture?")
     asked = ("--paligemma", small, *(part for prompt in prompts for part in ("--prompt", prompt)))
@@ -83,9 +81,7 @@ def test_regions_are_cut_out_of_the_original(
     assert count > 10
 
 
-def test_what_is_no_paligemma_is_one_sentence(
-    tmp_path: Path, folder: Path, detector: Path, annotate: Annotate
-) -> None:
+def test_what_is_no_paligemma_is_one_sentence(tmp_path: Path, folder: Path, detector: Path, annotate: Annotate) -> None:
     for model in (detector, detector.parent, tmp_path / "nowhere"):
         code, text = annotate(folder, "--output", tmp_path / "out", "--paligemma", model)
         assert code == 2 and text.startswith("shardsight: ") and text.count("\n") == 1, text

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +30,15 @@ from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from shardsight.models import ModelError
+from shardsight.models import ModelDied, ModelError
 from shardsight.paligemma.model import fits, inspect, shapes
 from shardsight.paligemma.plugin import loaded
 from shardsight.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
-from shardsight.records import ANSWER, ERROR, Failure
+from shardsight.records import ANSWER, DETECTION, ERROR, Failure, frames_of, with_column, without_frames
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 128  # tokens of vLLM's smallest piece of a request's memory, on a CPU
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM has kernels for
-
-
-class EngineDied(Exception):
-    """The engine failed as a whole, by no request's fault: end this process and ask again in another."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +60,17 @@ class _Request:
 class PaliGemma:
     """One PaliGemma 1 or 2. Calls from several threads share its batches.
 
-    model: a folder, or a name on the hub, of `revision`. prompts: asked of each picture. max_tokens: of an answer.
-    precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices: that share the model.
-    batch_size: most requests that run at once. memory: share of a GPU's memory to take. threads: of the CPU.
-    prompt_tokens: most of a prompt. Raises ModelError, PromptError.
+    model: a folder, or a name on the hub, of `revision`. prompts: asked of each picture; with `regions`, of the crop of
+    each of its detections. max_tokens: of an answer. precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as
+    peft saves it. devices: that share the model. batch_size: most requests that run at once. memory: share of a GPU's
+    memory to take. threads: of the CPU. prompt_tokens: most of a prompt. Raises ModelError, PromptError.
     """
 
     def __init__(
         self,
         model: str,
         prompts: Sequence[str] = ("caption en",),
+        regions: bool = False,
         max_tokens: int = 256,
         precision: str = "auto",
         revision: str | None = None,
@@ -84,6 +81,7 @@ class PaliGemma:
         threads: int | None = None,
         prompt_tokens: int = 256,
     ) -> None:
+        self.regions = regions
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision)
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # what it has was fetched just now
@@ -119,43 +117,51 @@ class PaliGemma:
         self.thread.join()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with FRAME columns → the same without them, with `answers`; or with `error`."""
+        """Rows with FRAME columns → the same, with `answers`, or with `error`, and without frames.
+
+        With `regions`, frames are whole pictures, and each detection gets its `text` instead. Raises ModelDied.
+        """
         clock, cpu = time.perf_counter(), time.process_time()
-        failed = table["error"].to_pylist()
-        widths, heights = table["width"].to_pylist(), table["height"].to_pylist()
-        asked: list[tuple[int, Prompt, Future[Generated]]] = []
-        for index, frame in _frames(table):
-            if failed[index] is None:
-                asked += [(index, prompt, self.ask(frame, prompt)) for prompt in self.prompts]
+        failed, detections = table["error"].to_pylist(), table["detections"].to_pylist()
+        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         answers: list[list[dict[str, Any]] | None] = [None] * len(table)
-        for index, prompt, future in asked:
+        asked: list[tuple[int, dict[str, Any] | None, Prompt, Future[Generated]]] = []
+        for index, frame in frames_of(table):
+            seen = [(region, _crop(frame, region)) for region in detections[index] or []]
+            for region, picture in seen if self.regions else [(None, frame)]:
+                asked += [(index, region, prompt, self.ask(picture, prompt)) for prompt in self.prompts]
+            answers[index] = None if self.regions else []
+        for index, region, prompt, future in asked:
             try:
-                answer = self.answer(prompt, future.result(), widths[index], heights[index])
-            except EngineDied:
+                answer = self.answer(prompt, future.result(), *sizes[index])
+            except ModelDied:
                 raise
             except Exception as error:
-                failed[index] = Failure.of(error).row("paligemma")
+                failed[index], answers[index] = Failure.of(error).row("paligemma"), None
                 continue
-            answers[index] = [*(answers[index] or []), answer]
-        answers = [None if error else answer for answer, error in zip(answers, failed, strict=True)]
-        count = max(1, len({index for index, _, _ in asked}))
-        spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
-        table = table.drop_columns(["frame", "frame_width", "frame_height"])
-        table = _replace(table, "answers", pa.array(answers, pa.list_(ANSWER)))
-        table = _replace(table, "error", pa.array(failed, ERROR))
+            if region is not None:
+                region["text"] = answer["text"]
+            elif (row := answers[index]) is not None:
+                row.append(answer)
+        rows = {index for index, *_ in asked}
+        spent = (time.perf_counter() - clock) / max(1, len(rows)), (time.process_time() - cpu) / max(1, len(rows))
+        table = without_frames(table)
+        table = with_column(table, "answers", pa.array(answers, pa.list_(ANSWER)))
+        table = with_column(table, "detections", pa.array(detections, pa.list_(DETECTION)))
+        table = with_column(table, "error", pa.array(failed, ERROR))
         for column, seconds in zip(("paligemma_clock_seconds", "paligemma_cpu_seconds"), spent, strict=True):
-            values = pa.array([None if answer is None else seconds for answer in answers], pa.float64())
-            table = _replace(table, column, values) if column in table.column_names else table
+            done = [seconds if index in rows and not failed[index] else None for index in range(len(table))]
+            table = with_column(table, column, pa.array(done, pa.float64()))
         return table
 
     def ask(self, frame: np.ndarray, prompt: Prompt) -> "Future[Generated]":
-        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or EngineDied."""
+        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or ModelDied."""
         future: Future[Generated] = Future()
         try:
             ids = self._encode(prompt.text)
             self.waiting.put(_Request(frame, ids, future))
             if not self.thread.is_alive():
-                self._refuse(EngineDied("the engine has ended"))
+                self._refuse(ModelDied("the engine has ended"))
         except Failure as failure:
             future.set_exception(failure)
         return future
@@ -251,8 +257,8 @@ class PaliGemma:
         ready.set_result(None)
         try:
             self._serve(engine)
-            self._refuse(EngineDied("the engine was closed"))
-        except EngineDied as error:
+            self._refuse(ModelDied("the engine was closed"))
+        except ModelDied as error:
             self._refuse(error)
 
     def _serve(self, engine: LLMEngine) -> None:
@@ -284,12 +290,12 @@ class PaliGemma:
                     if output.finished:
                         live.pop(output.request_id).set_result(_generated(output.outputs[0]))
         except Exception as error:
-            died = EngineDied(f"the engine failed: {type(error).__name__}: {error}")
+            died = ModelDied(f"the engine failed: {type(error).__name__}: {error}")
             for future in live.values():
                 future.set_exception(died)
             raise died from error
 
-    def _refuse(self, error: EngineDied) -> None:
+    def _refuse(self, error: ModelDied) -> None:
         while True:
             try:
                 request = self.waiting.get(block=False)
@@ -305,16 +311,11 @@ def _generated(output: Any) -> Generated:
     return Generated(ids, logprobs, str(output.finish_reason))
 
 
-def _frames(table: pa.Table) -> Iterable[tuple[int, np.ndarray]]:
-    """(row, RGB uint8 (h, w, 3)) of the rows that have a frame, without copying it."""
-    columns = (table[name] for name in ("frame", "frame_height", "frame_width"))
-    for index, (frame, height, width) in enumerate(zip(*columns, strict=True)):
-        if frame.is_valid:
-            yield index, np.frombuffer(frame.as_buffer(), np.uint8).reshape(height.as_py(), width.as_py(), 3)
-
-
-def _replace(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), name, column)
+def _crop(frame: np.ndarray, box: dict[str, Any]) -> np.ndarray:
+    """What of a whole picture, (h, w, 3), a detection touches, of one pixel at least."""
+    x1, y1 = max(0, math.floor(box["x1"])), max(0, math.floor(box["y1"]))
+    x1, y1 = min(x1, frame.shape[1] - 1), min(y1, frame.shape[0] - 1)
+    return frame[y1 : max(y1 + 1, math.ceil(box["y2"])), x1 : max(x1 + 1, math.ceil(box["x2"]))]
 
 
 def _vocabulary(tokenizer: Any) -> Vocabulary:
