@@ -123,15 +123,22 @@ def test_killed_at_random_moments(tmp_path: Path, jpegs: list[bytes], detector: 
 
 
 @pytest.mark.parametrize("victim", ["ray::MapBatches(", "ray::MapWorker("])
-def test_killed_workers(tmp_path: Path, jpegs: list[bytes], detector: Path, victim: str) -> None:
-    """A reader or a model process killed three times in mid-job: it ends without a rerun, each id once."""
+@pytest.mark.parametrize("paligemma", [False, True])
+def test_killed_workers(tmp_path: Path, jpegs: list[bytes], detector: Path, victim: str, paligemma: bool) -> None:
+    """A reader or a model process killed three times in mid-job: it ends without a rerun, each id once.
+
+    With PaliGemma in the flow, its engine lives in the process that is killed, or YOLO's does.
+    """
+    from tests.small_paligemma import make
+
     total = make_inputs(tmp_path / "in", jpegs, tars=6, parquets=2, loose=300)
-    job = start_job(tmp_path / "in", "--output", tmp_path / "out", "--yolo", detector)
+    asked = ("--paligemma", make(tmp_path / "small"), "--max-tokens", 8) if paligemma else ()
+    job = start_job(tmp_path / "in", "--output", tmp_path / "out", "--yolo", detector, *asked)
     chance, killed = random.Random(SEED), 0
     while job.poll() is None and killed < 3:
         time.sleep(chance.uniform(0.5, 3))
-        for process in workers(job, victim)[:1]:
-            process.kill()
+        if found := workers(job, victim):
+            chance.choice(found).kill()
             killed += 1
     _, said = job.communicate(timeout=1200)
     assert killed == 3 and job.returncode == 0, said
