@@ -5,7 +5,7 @@ EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 UV = 0.13.9
 BIN = .venv/bin
 
-.PHONY: install demo test chaos bench accuracy lint lock clean
+.PHONY: install demo test chaos bench accuracy tokens lint lock clean
 
 install: .venv/installed
 
@@ -28,11 +28,15 @@ bench: install
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/chaos tests/test_careful.py tests/test_cluster.py
 
 # What the defaults cost: 500 scenes, in bf16 and decoded small, against fp32 and decoded in full.
 accuracy: install
 	$(BIN)/python -m pytest -m slow -s tests/test_yolo.py
+
+# PaliGemma's tokens against Hugging Face's, over 200 pairs a model: half an hour.
+tokens: install
+	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/test_paligemma.py
 
 lint: install
 	$(BIN)/ruff check .

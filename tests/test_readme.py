@@ -10,13 +10,16 @@ import pytest
 
 from shardsight.demo.writers import TASKS
 from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS
+from tests.small_paligemma import make
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.mark.timeout(900)
-def test_commands_in_their_order(s3: S3, jpegs: list[bytes]) -> None:
-    """A stranger types what the README says, top to bottom. Of the S3 command only the names are another's."""
+def test_commands_in_their_order(tmp_path: Path, s3: S3, jpegs: list[bytes]) -> None:
+    """A stranger types what the README says, top to bottom. Only the bucket's names are another's, and PaliGemma, of
+    which a small one of random weights has to do."""
+    small = make(tmp_path / "small")
     bucket = s3.bucket("bucket")
     (bucket / "shards").mkdir()
     (bucket / "shards" / "a.jpg").write_bytes(jpegs[0])
@@ -28,6 +31,7 @@ def test_commands_in_their_order(s3: S3, jpegs: list[bytes]) -> None:
         command = block.replace("http://127.0.0.1:9000", s3.url).replace(
             "--yolo weights.pt", f"--yolo {WEIGHTS}/detect.pt"
         )
+        command = command.replace("google/paligemma2-3b-mix-448", f"{small} --max-tokens 8")
         done = subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (block, done.stdout, done.stderr)
     assert (ROOT / "demo-output" / "page.html").stat().st_size > 100_000
