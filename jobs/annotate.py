@@ -22,7 +22,7 @@ from shardsight.progress import Progress, summary
 from shardsight.records import STAGES
 from shardsight.results import Results, Written, lock
 from shardsight.settings import Settings, UsageError, parse
-from shardsight.sources import InputError, Listing, absolute
+from shardsight.sources import InputError, Listing
 from shardsight.storage import Storage, StorageError, explain
 
 # A second pass over what the first lost, because a process died in it; a third that takes each record alone.
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 def annotate(settings: Settings) -> int:
     started = time.monotonic()
     storage = Storage(settings.storage)
-    results = Results(absolute(settings.output), storage)
+    results = Results(settings.output, storage)
     listing = Listing(
         settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/"
     )
@@ -58,7 +58,7 @@ def annotate(settings: Settings) -> int:
     except Exception as error:
         raise StorageError(explain(results.out, error)) from error
     with lock(results):
-        done = _what_is_there(results, settings)
+        done = _what_is_there(results, settings, models)
         units = list(listing.left(done))
         job: dict[str, Any] = {
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
@@ -91,12 +91,9 @@ def _models(settings: Settings) -> dict[str, ModelInfo | PaliGemmaInfo]:
     """What is known of each model, in the order in which pictures meet them. Raises ModelError."""
     models: dict[str, ModelInfo | PaliGemmaInfo] = {}
     if settings.yolo:
-        models["yolo"] = inspect(absolute(settings.yolo), settings.imgsz)
+        models["yolo"] = inspect(settings.yolo, settings.imgsz)
     if settings.paligemma:
-        folder = absolute(settings.paligemma)
-        models["paligemma"] = paligemma.inspect(
-            folder if os.path.exists(folder) else settings.paligemma, settings.revision
-        )
+        models["paligemma"] = paligemma.inspect(settings.paligemma, settings.revision)
     return models
 
 
@@ -107,12 +104,11 @@ def _arguments(name: str, settings: Settings) -> dict[str, Any]:
         return {name: getattr(settings, name) for name in names}
     return {
         **{name: getattr(settings, name) for name in ("max_tokens", "precision")},
-        **{"prompts": settings.prompt, "regions": settings.on == "regions"},
-        "adapter": settings.adapter and absolute(settings.adapter),
+        **{"prompts": settings.prompt, "regions": settings.on == "regions", "adapter": settings.adapter},
     }
 
 
-def _what_is_there(results: Results, settings: Settings) -> Coverage:
+def _what_is_there(results: Results, settings: Settings, models: dict[str, ModelInfo | PaliGemmaInfo]) -> Coverage:
     """What an earlier run of the same job left, after what --overwrite and --retry-errors take away."""
     if settings.overwrite:
         results.clear()
@@ -123,6 +119,10 @@ def _what_is_there(results: Results, settings: Settings) -> Coverage:
             for name, value in settings.identity().items()
             if before["configuration"].get(name) != value
         }
+        for name, model in models.items():  # trained anew, say, at the place where the others were
+            old, new = before["models"].get(name, {}).get("sha256"), model.sha256
+            if old != new:
+                changed.setdefault(f"{name}'s sha256", (old, new))
         if changed:
             name, (old, new) = next(iter(changed.items()))
             raise UsageError(

@@ -1,6 +1,7 @@
 """What a user may set: flags, YAML and checks from one declaration."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic_settings import (
 )
 
 from shardsight.paligemma.prompts import Prompt
+from shardsight.sources import absolute
 from shardsight.storage import OPTIONS
 
 # Settings that change no row: another value goes on with the same output.
@@ -87,6 +89,18 @@ class Settings(BaseSettings):
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
+
+    @field_validator("output", "yolo", "adapter")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        """As any other folder would say it, so that job.json is understood there."""
+        return value and absolute(value)
+
+    @field_validator("paligemma")
+    @classmethod
+    def _paligemma(cls, value: str | None) -> str | None:
+        """A folder, or a name on the hub as it is."""
+        return absolute(value) if value and os.path.exists(os.path.expanduser(value)) else value
 
     @field_validator("classes", "imgsz", mode="before")
     @classmethod

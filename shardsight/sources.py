@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -38,7 +38,7 @@ AHEAD = 16  # remote files asked for at once
 _SAMPLE = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """The request names something that cannot be read: one sentence for the user."""
 
 
@@ -101,10 +101,11 @@ class Listing:
     files: Hashes = field(default_factory=Hashes)
     units: list[str] = field(default_factory=list)
     ignored: int = 0
+    _begun: list[Iterator[str]] = field(default_factory=list)
 
     def left(self, done: Coverage) -> Iterator[Unit]:
         """The work that `done` lacks. Raises InputError."""
-        self.files, self.units, self.ignored = Hashes(), [], 0
+        self.files, self.units = Hashes(), []
         room = self.limit
         waiting: list[str] = []
         uris = self._uris()
@@ -136,17 +137,22 @@ class Listing:
 
     def check(self) -> None:
         """Whether every input holds something. Raises InputError."""
-        for text in self.inputs:
-            next(Listing([text], self.storage, self.uri_column, exclude=self.exclude)._uris())
+        self.ignored, self._begun = 0, []
+        self._begun = [self._begin(text) for text in self.inputs]
 
     def _uris(self) -> Iterator[str]:
-        for text in self.inputs:
-            found = False
-            for uri in self._expand(absolute(text)):
-                found = True
-                yield uri
-            if not found:
-                raise InputError(f"{text} holds no pictures, tars or Parquet files: give another input")
+        """Of every input. What check() has begun is gone on with, as a folder of a million files takes seconds."""
+        begun, self._begun = self._begun, []
+        self.ignored = self.ignored if begun else 0
+        for index, text in enumerate(self.inputs):
+            yield from begun[index] if begun else self._begin(text)
+
+    def _begin(self, text: str) -> Iterator[str]:
+        uris = self._expand(absolute(text))
+        first = next(uris, None)
+        if first is None:
+            raise InputError(f"{text} holds no pictures, tars or Parquet files: give another input")
+        return chain([first], uris)
 
     def _expand(self, uri: str) -> Iterator[str]:
         try:

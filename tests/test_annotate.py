@@ -248,6 +248,14 @@ def test_refusals(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detect
     assert annotate(folder, *fine, "--conf", 0.5, "--overwrite")[0] == 0
     assert job_of(out)["configuration"]["conf"] == 0.5
 
+    weights = tmp_path / "mine.pt"
+    shutil.copy(detector, weights)
+    trained = ("--output", tmp_path / "trained", "--yolo", weights)
+    assert annotate(folder, *trained)[0] == 0
+    shutil.copy(WEIGHTS / "segment.pt", weights)
+    code, said = annotate(folder, *trained)
+    assert code == 2 and "yolo's sha256" in said and "--overwrite" in said
+
     (out / "results" / "other.parquet").write_bytes((out / "results").glob("part-*").__next__().read_bytes())
     pq.write_table(pa.table({"a": [1]}), out / "results" / "other.parquet")
     code, said = annotate(folder, *fine, "--conf", 0.5)

@@ -1,6 +1,7 @@
 """What a user types, word for word; what is wrong, in one sentence."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setenv("OUTPUT", "elsewhere")
     settings = parse(["--config", str(path), "--conf", "0.1"])
-    assert (settings.inputs, settings.output, settings.conf, settings.max_det) == (["a", "b c"], "o", 0.1, 7)
+    assert (settings.inputs, settings.conf, settings.max_det) == (["a", "b c"], 0.1, 7)
+    assert (settings.output, settings.yolo) == (os.path.abspath("o"), os.path.abspath("y.pt"))
     assert (settings.classes, settings.imgsz) == ([1, 2], [320, 640])
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"status": "done", "configuration": settings.record()}))
