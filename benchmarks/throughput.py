@@ -1,7 +1,7 @@
 """Pictures per second of ours and of the peers, on the same work: `make bench`.
 
 1,000 photo-like JPEGs of 1280×720 → YOLOv8n → Parquet. Each contender runs as a process of its own over a
-few pictures and over all of them, and the difference gives its speed: start-up is apart. Contenders
+few pictures, once, and over all of them, and the difference gives its speed: start-up is apart. Contenders
 alternate, and medians are given. Nothing else should run on the machine.
 """
 
@@ -83,11 +83,13 @@ def main() -> None:
         few.mkdir()
         for path in sorted(all.iterdir())[:FEW]:
             shutil.copy(path, few)
+        names = args.only or list(CONTENDERS)
+        start = {name: seconds(name, few, out, args.weights, args.imgsz) for name in names}
         for _ in range(args.rounds):
-            for name in args.only or CONTENDERS:
-                short, long = (seconds(name, folder, out, args.weights, args.imgsz) for folder in (few, all))
-                figures[name].append(((args.count - FEW) / (long - short), short))
-                print(f"{name}: {figures[name][-1][0]:.1f} pictures/s, {short:.1f} s for {FEW}", flush=True)
+            for name in names:
+                long = seconds(name, all, out, args.weights, args.imgsz)
+                figures[name].append(((args.count - FEW) / (long - start[name]), start[name]))
+                print(f"{name}: {figures[name][-1][0]:.1f} pictures/s, {start[name]:.1f} s for {FEW}", flush=True)
     table = report(figures, args)
     print(table)
     if args.record:
@@ -104,7 +106,7 @@ def report(figures: dict[str, list[tuple[float, float]]], args: argparse.Namespa
     for name, runs in figures.items():
         rates = [rate for rate, _ in runs]
         median = statistics.median(rates)
-        start = "" if name == "limit" else f"{statistics.median(start for _, start in runs):.0f}"
+        start = "" if name == "limit" else f"{runs[0][1]:.0f}"
         spread = f"{min(rates):.1f}–{max(rates):.1f}"
         lines.append(f"| {NAMES[name]} | {median:.1f} | {spread} | {median / fastest:.2f}× | {start} |")
     lines_of_cpu = Path("/proc/cpuinfo").read_text().splitlines()
