@@ -1,0 +1,1 @@
+"""PaliGemma, computed as PaliGemma: the engine, its prompts and masks."""
