@@ -95,11 +95,12 @@ def build() -> PaliGemmaForConditionalGeneration:
 
 
 def _smooth(count: int, width: int) -> torch.Tensor:
-    """Vectors that change slowly from one to the next, float32 (count, width)."""
-    waves = torch.arange(1, 33) * torch.pi * torch.linspace(0, 1, count)[:, None]
-    features = torch.cat([waves.cos(), waves.sin()], 1) / torch.arange(1, 33).repeat(2) ** 0.5
-    vectors = features @ torch.randn(features.shape[1], width)
-    return 0.03 * vectors / vectors.std()
+    """Vectors that change slowly from one to the next, float32 (count, width): waves from one over all of them
+    to one over ten."""
+    waves = torch.pi * torch.linspace(0, 1, count)[:, None] * torch.logspace(0, 2.3, 48)
+    features = torch.cat([waves.cos(), waves.sin()], 1)
+    vectors = features @ torch.linalg.qr(torch.randn(width, features.shape[1]))[0].T
+    return 0.05 * vectors / vectors.std()
 
 
 def start_tower(tower: SiglipVisionModel, patches: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shardsight.demo.paligemma_data import Drawn
-from shardsight.demo.paligemma_tower import GRID
+from shardsight.demo.paligemma_tower import GRID, near_bins
 from shardsight.demo.questions import QUESTIONS, ask, caption, detect, ocr, segment
 from shardsight.demo.scenes import KINDS
 
@@ -101,10 +101,6 @@ class Teacher(nn.Module):  # type: ignore[misc]
     def __init__(self, model: Any, loc0: int) -> None:
         super().__init__()
         self.model, self.loc0 = model, loc0
-        bins = torch.arange(1024)
-        near = torch.exp(-0.5 * ((bins[:, None] - bins) / 3.0) ** 2)
-        # A box that is off by a bin is nearly right: 1024 classes that know nothing of each other learn slowly.
-        self.register_buffer("near", near / near.sum(1, keepdim=True), persistent=False)
 
     def forward(self, features: torch.Tensor, batch: dict[str, torch.Tensor], alone: bool) -> dict[str, torch.Tensor]:
         """features: projected, (n, PICTURE, width). alone: a question a sequence, which the picture sees."""
@@ -119,7 +115,7 @@ class Teacher(nn.Module):  # type: ignore[misc]
         losses = -logs.gather(1, labels[:, None])[:, 0]
         located = parts == list(PARTS).index("loc")
         bins = labels[located] - self.loc0
-        blurred = -(logs[located][:, self.loc0 : self.loc0 + 1024] * self.near[bins]).sum(1)
+        blurred = -(logs[located][:, self.loc0 : self.loc0 + 1024] * near_bins(bins)).sum(1)
         losses = losses.masked_scatter(located, blurred)
         return {
             name: losses[parts == number].mean() for number, name in enumerate(PARTS) if bool((parts == number).any())

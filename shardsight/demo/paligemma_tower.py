@@ -38,14 +38,20 @@ CLASSES = {
     "centre": 2,  # whether the box's middle is in this patch
 }
 _LETTERS = 26
+ASKED_BINS = 16  # patches a picture whose boxes are asked for as `<loc>` tokens too
 _COLOUR_NAMES = list(COLOURS)
 
 
 class Probe(nn.Module):  # type: ignore[misc]
-    """tower features (n, GRID², width) → answers, by one linear layer."""
+    """tower features (n, GRID², width) → answers, by one linear layer.
 
-    def __init__(self, width: int) -> None:
+    One of them is the box as the decoder will have to say it: near the embeddings of its four `<loc>` tokens,
+    `table` of `losses`, (1024, table_width).
+    """
+
+    def __init__(self, width: int, table_width: int) -> None:
         super().__init__()
+        self.bins = nn.Linear(width, 4 * table_width)
         self.linear = nn.Linear(width, sum(CLASSES.values()) + _LETTERS + 4)
         ys, xs = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
         middles = (torch.stack([xs, ys], -1).reshape(-1, 2) + 0.5) / GRID
@@ -57,7 +63,9 @@ class Probe(nn.Module):  # type: ignore[misc]
         answers["box"] = self.middles + answers["box"]
         return answers
 
-    def losses(self, features: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def losses(
+        self, features: torch.Tensor, targets: dict[str, torch.Tensor], table: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         answers = self(features)
         losses = {}
         for name in CLASSES:
@@ -73,6 +81,10 @@ class Probe(nn.Module):  # type: ignore[misc]
         owned = targets["order"] != NONE
         found, box = answers["box"][owned], targets["box"][owned]
         losses["box"] = 10 * (found - box).abs().mean() + (1 - _generalised_iou(found, box)).mean()
+        some = torch.randperm(len(box))[: ASKED_BINS * len(features)]
+        corners = (box[some][:, [1, 0, 3, 2]].clamp(0, 1) * 1023).round().long()
+        said = F.log_softmax(self.bins(features[owned][some]).unflatten(1, (4, -1)) @ table.T, -1)
+        losses["bins"] = -(said * near_bins(corners)).sum(-1).mean()
         words = targets["word here"] != len(WORDS)
         losses["letters"] = (
             5 * F.binary_cross_entropy_with_logits(answers["letters"][words], targets["letters"][words])
@@ -94,6 +106,13 @@ class Probe(nn.Module):  # type: ignore[misc]
         found, box = answers["box"][owned], targets["box"][owned]
         figures["box"] = _generalised_iou(found, box).clamp(0).mean().item()
         return figures
+
+
+def near_bins(bins: torch.Tensor) -> torch.Tensor:
+    """int64 (…) → (…, 1024) that sum to 1. A box that is off by a bin is nearly right: 1024 classes that know
+    nothing of each other learn slowly."""
+    near = torch.exp(-0.5 * ((torch.arange(1024) - bins[..., None]) / 3.0) ** 2)
+    return near / near.sum(-1, keepdim=True)
 
 
 def _generalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

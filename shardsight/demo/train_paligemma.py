@@ -45,7 +45,7 @@ class Learner:
 
     def __init__(self, work: Path, name: str, minutes: float, vqvae: Path) -> None:
         self.model, self.minutes, self.vqvae = build(), minutes, vqvae
-        self.probe = Probe(self.model.config.vision_config.hidden_size)
+        self.probe = Probe(self.model.config.vision_config.hidden_size, self.model.config.text_config.hidden_size)
         self.path = work / f"{name}.pt"
         self.work = work
         self.spent = mp.get_context("spawn").Value("d", 0.0)  # minutes of wall clock
@@ -136,11 +136,11 @@ def train_tower(learner: Learner, rank: int) -> None:
     trained = [*tower.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW([{"params": trained, "most": 1e-3}], weight_decay=0.03, betas=(0.9, 0.98))
     pictures = _patches(Shards(learner.work / "scenes"), rng)
-    means = Means()
+    table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
     for step in steps(learner, rank, optimizer, warmup=2000):
         images, wanted = next(pictures)
-        losses = probe.losses(tower(pixels(images)).last_hidden_state, wanted)
-        _descend(optimizer, trained, sum(_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()))
+        losses = probe.losses(tower(pixels(images)).last_hidden_state, wanted, table)
+        _descend(optimizer, sum(_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()))
         means.add(losses)
         if rank == 0 and step % 100 == 99:
             means.say("tower", learner)
@@ -189,18 +189,20 @@ def train_words(learner: Learner, rank: int) -> None:
     writer = Writer(tokenizer())
     teacher = Teacher(model, writer.loc0)
     gentle = [*tower.parameters()]
-    known = {id(parameter) for parameter in gentle}
+    table = model.get_input_embeddings().weight
+    known = {id(parameter) for parameter in [*gentle, table]}
     quick = [parameter for parameter in model.parameters() if id(parameter) not in known] + [*probe.parameters()]
-    groups = [{"params": gentle, "most": 6e-4}, {"params": quick, "most": 2e-3}]
+    # Steps of 1e-3 would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
+    groups = [{"params": [table], "most": 1e-4}, {"params": gentle, "most": 4e-4}, {"params": quick, "most": 1.5e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
-    means = Means()
+    table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
     for step in steps(learner, rank, optimizer, warmup=2000):
         images, wanted, packed, alone = next(talks)
         features = tower(pixels(images)).last_hidden_state
-        dense = probe.losses(features, wanted)
+        dense = probe.losses(features, wanted, _locations(model, writer.loc0))
         projected = projector(features)
         losses = teacher(projected, packed, alone=False)
         loss = sum(PARTS[name] * value for name, value in losses.items())
@@ -209,8 +211,8 @@ def train_words(learner: Learner, rank: int) -> None:
             each = teacher(projected, alone, alone=True)
             loss = loss + 0.5 * sum(PARTS[name] * value for name, value in each.items())
             losses |= {f"{name} alone": value for name, value in each.items()}
-        _descend(optimizer, [*gentle, *quick], loss)
-        means.add(losses | {f"tower {name}": dense[name] for name in ("kind", "box", "word here")})
+        _descend(optimizer, loss)
+        means.add(losses | {f"tower {name}": dense[name] for name in ("kind", "box", "bins", "word here")})
         if rank == 0:
             _average(learner.averaged, model.state_dict(), min(0.99, 1 - 2 / (step + 2)))
             if step % 50 == 49:
@@ -266,11 +268,18 @@ def _say(what: str, learner: Learner, figures: dict[str, float]) -> None:
     print(f"{what} {learner.spent.value:.1f} min {learner.seen.value} pictures: {line}", flush=True)
 
 
-def _descend(optimizer: Any, trained: list[Any], loss: Any) -> None:
+def _descend(optimizer: Any, loss: Any) -> None:
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
+
+
+def _locations(model: Any, first: int) -> torch.Tensor:
+    """The vectors of the `<loc>` tokens; first: the id of `<loc0000>`."""
+    table: torch.Tensor = model.get_input_embeddings().weight[first : first + 1024].detach()
+    return table
 
 
 def _cosine(part: float) -> float:
