@@ -73,6 +73,8 @@ def draw_shards(folder: Path, shards: range, seed: int, processes: int = 2) -> N
     """Draw those shards of a seed that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in shards if not (folder / f"{number:05}.json").exists()]
+    if not missing:
+        return
     with get_context("spawn").Pool(processes) as pool:
         for _ in pool.imap_unordered(partial(_draw_shard, folder, seed), missing):
             pass
