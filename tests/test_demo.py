@@ -57,6 +57,11 @@ def test_writers(format: str, tmp_path: Path) -> None:
         assert len(json.loads(rows[0]["truth"])["shapes"]) == len(made[0].shapes)
     else:
         assert sorted(path.stem for path in (tmp_path / "images").iterdir()) == [one.name for one in made]
+    if format == "paligemma":
+        lines = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+        assert len(lines) == 6 * len(made) and all((tmp_path / line["image"]).exists() for line in lines)
+        masks = [line["suffix"] for line in lines if line["prefix"].startswith("segment")]
+        assert len(masks) == len(made) and all(mask.count("<seg") % 16 == 0 < mask.count("<seg") for mask in masks)
     if format == "coco":
         assert len(COCO(tmp_path / "annotations.json").anns) == sum(len(one.shapes) for one in made)
 

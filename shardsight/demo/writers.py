@@ -1,4 +1,4 @@
-"""Scenes with their truth as the formats that people bring: folder, tar, Parquet, COCO, YOLO."""
+"""Scenes with their truth as the formats that people bring: folder, tar, Parquet, COCO, YOLO, PaliGemma's JSONL."""
 
 import io
 import json
@@ -13,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
+from PIL import Image
 from pycocotools import mask as rle
 
+from shardsight.demo.questions import questions, seen
 from shardsight.demo.scenes import KEYPOINTS, KINDS, Scene, Shape
 
-FORMATS = ("folder", "tar", "parquet", "coco", "yolo")
+FORMATS = ("folder", "tar", "parquet", "coco", "yolo", "paligemma")
+_MASKS = Path(__file__).parent / "weights" / "paligemma" / "vae-oid.npz"
 TASKS = ("detect", "segment", "classify", "pose", "obb")
 
 
@@ -26,15 +29,17 @@ def write(scenes: Iterable[Scene], out: Path, format: str, task: str = "detect")
 
     folder: images/*.jpg and truth.jsonl. tar: shard-NNNNNN.tar, 100 samples each, `.jpg` and `.json`.
     parquet: scenes.parquet, `image` as {bytes, path}, and the truth as JSON. coco: images/*.jpg and
-    annotations.json. yolo: images/, labels/ and data.yaml; for classify a folder a class.
+    annotations.json. yolo: images/, labels/ and data.yaml; for classify a folder a class. paligemma: images/*.jpg
+    and data.jsonl, a line for each question of questions.py: `image`, `prefix`, `suffix`.
     """
     out.mkdir(parents=True, exist_ok=True)
     if format == "yolo":
         _write_yolo(scenes, out, task)
     else:
-        {"folder": _write_folder, "tar": _write_tar, "parquet": _write_parquet, "coco": _write_coco}[format](
-            scenes, out
-        )
+        {
+            **{"folder": _write_folder, "tar": _write_tar, "parquet": _write_parquet, "coco": _write_coco},
+            "paligemma": _write_paligemma,
+        }[format](scenes, out)
 
 
 def jpeg(scene: Scene) -> bytes:
@@ -63,6 +68,16 @@ def coco_rle(mask: np.ndarray) -> dict[str, Any]:
     """bool (H, W) → {"size": [H, W], "counts": str}, COCO's compressed RLE."""
     encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+
+
+def mask_crops(scene: Scene) -> np.ndarray:
+    """uint8 (n, 64, 64): each shape's visible part within its box, resized with antialiasing."""
+    crops = []
+    for shape in scene.shapes:
+        x1, y1, x2, y2 = shape.box
+        crop = Image.fromarray(shape.mask[y1:y2, x1:x2].astype(np.uint8) * 255)
+        crops.append(np.array(crop.resize((64, 64), Image.Resampling.BILINEAR)))
+    return np.stack(crops)
 
 
 def _write_folder(scenes: Iterable[Scene], out: Path) -> None:
@@ -135,6 +150,22 @@ def coco(scenes: Iterable[Scene]) -> dict[str, Any]:
             )
     categories = [{"id": index, "name": kind, "keypoints": list(KEYPOINTS)} for index, kind in enumerate(KINDS, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _write_paligemma(scenes: Iterable[Scene], out: Path) -> None:
+    from shardsight.paligemma.masks import MaskEncoder  # needs torch, which nothing else here does
+
+    encoder = MaskEncoder.load(_MASKS)
+    (out / "images").mkdir(exist_ok=True)
+    with (out / "data.jsonl").open("w") as lines:
+        for number, scene in enumerate(scenes):
+            image = f"images/{scene.name}.jpg"
+            (out / image).write_bytes(jpeg(scene))
+            shapes = seen(scene)
+            codes = encoder.encode(mask_crops(scene) / np.float32(255))
+            rng = np.random.default_rng(number)
+            for prefix, suffix in questions(shapes, list(codes), rng):
+                lines.write(json.dumps({"image": image, "prefix": prefix, "suffix": suffix}) + "\n")
 
 
 def _write_yolo(scenes: Iterable[Scene], out: Path, task: str) -> None:
