@@ -45,14 +45,14 @@ def jpegs(some_scenes: list[Scene]) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def one_ray() -> Iterator[None]:
-    """A cluster that the jobs of all tests share."""
+def one_ray() -> Iterator[str]:
+    """A cluster that the jobs of all tests share; its address."""
     import ray
 
     from jobs.annotate import start_ray
 
     start_ray()
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -146,6 +146,7 @@ def start_job(
     environment.pop("RAY_ADDRESS", None)
     if cluster:
         environment["RAY_ADDRESS"] = cluster
+        environment.pop("AWS_CA_BUNDLE", None)  # for which Ray would start every worker anew
     # What runs the tests in the background has its children ignore interrupts.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=heard)

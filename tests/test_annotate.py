@@ -171,7 +171,9 @@ def test_retry_errors_runs_only_what_failed(
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_job_goes_on(tmp_path: Path, jpegs: list[bytes], detector: Path, kill: signal.Signals) -> None:
+def test_an_interrupted_job_goes_on(
+    tmp_path: Path, one_ray: str, jpegs: list[bytes], detector: Path, kill: signal.Signals
+) -> None:
     """Ctrl-C or a killed driver: the same command ends with each id once, and decodes no finished one again."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -182,7 +184,8 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, jpegs: list[bytes], detector
         (folder / f"{index}.jpg").write_bytes(jpegs[index % 40])
     # Small files, so that something is finished when the signal comes.
     command = (folder, "--output", tmp_path / "out", "--yolo", detector, "--rows-per-file", 25)
-    running = start_job(*command)
+    # What outlives a killed driver must not write on while we count: it dies with a cluster of its own.
+    running = start_job(*command, cluster=one_ray if kill is signal.SIGINT else None)
     try:
         wait_for(lambda: len(list((tmp_path / "out" / "results").glob("*.parquet"))) >= 2, running)
     finally:
@@ -191,7 +194,7 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, jpegs: list[bytes], detector
     assert code == (130 if kill is signal.SIGINT else -signal.SIGKILL)
     there = duckdb.sql(f"select count(*) from '{tmp_path}/out/results/*.parquet'").fetchall()[0][0]
     assert 0 < there < 500
-    again = start_job(*command)
+    again = start_job(*command, cluster=one_ray)
     _, said = again.communicate(timeout=240)
     assert again.returncode == 0, said
     rows = rows_of(tmp_path / "out")

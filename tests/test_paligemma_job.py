@@ -22,9 +22,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, jpegs: list[bytes]) -> Path:
-    """Eight scenes, and a file that is no picture."""
+    """Four scenes, and a file that is no picture."""
     (tmp_path / "in").mkdir()
-    for index, data in enumerate(jpegs[:8]):
+    for index, data in enumerate(jpegs[:4]):
         (tmp_path / "in" / f"{index}.jpg").write_bytes(data)
     (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
     return tmp_path / "in"
@@ -44,7 +44,7 @@ def test_both_models_in_one_pass(tmp_path: Path, folder: Path, small: Path, dete
     assert code == 0, text
     assert annotate(folder, "--output", tmp_path / "alone", "--yolo", detector, *exact)[0] == 0
     both, alone = ({row["id"]: row for row in rows_of(tmp_path / name)} for name in ("both", "alone"))
-    assert both.keys() == alone.keys() and len(both) == 9
+    assert both.keys() == alone.keys() and len(both) == 5
     reference = Reference(small)
     for id, row in both.items():
         assert row["detections"] == alone[id]["detections"] and row["error"] == alone[id]["error"]
@@ -56,7 +56,7 @@ def test_both_models_in_one_pass(tmp_path: Path, folder: Path, small: Path, dete
             (prompt, said(reference, frame, prompt)) for prompt in prompts
         ]
     job = job_of(tmp_path / "both")
-    assert job["exactly_once"] is True and job["stages"]["paligemma"]["rows"] == 8
+    assert job["exactly_once"] is True and job["stages"]["paligemma"]["rows"] == 4
     assert set(job["models"]) == {"yolo", "paligemma"} and len(job["models"]["paligemma"]["sha256"]) == 64
 
 
@@ -78,7 +78,7 @@ def test_regions_are_cut_out_of_the_original(
             x1, y1, x2, y2 = math.floor(one["x1"]), math.floor(one["y1"]), math.ceil(one["x2"]), math.ceil(one["y2"])
             assert one["text"] == said(reference, frame[y1:y2, x1:x2], "ocr")
             count += 1
-    assert count > 10
+    assert count > 5
 
 
 def test_what_is_no_paligemma_is_one_sentence(tmp_path: Path, folder: Path, detector: Path, annotate: Annotate) -> None:
