@@ -18,8 +18,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m jobs.demo demo-output
 
+# Two files of tests at a time, since half of a small job is one process after the other coming up.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Ours and the peers on the same work; for half an hour nothing else should run on the machine.
 bench: install

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.D
 def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: list[bytes]) -> None:
     """A stranger types what the README says, top to bottom. Only the bucket's names are another's, and PaliGemma, of
     which a small one of random weights has to do."""
+    shutil.rmtree(ROOT / "demo-output", ignore_errors=True)  # of another version, perhaps
     small = make(tmp_path / "small")
     bucket = s3.bucket("bucket")
     (bucket / "shards").mkdir()
