@@ -18,6 +18,7 @@ from shardsight.load import Largest, Load
 from shardsight.models import ModelError, ModelInfo, inspect
 from shardsight.paligemma import model as paligemma
 from shardsight.paligemma.model import PaliGemmaInfo
+from shardsight.paligemma.resolution import Route
 from shardsight.progress import Progress, summary
 from shardsight.records import STAGES
 from shardsight.results import Results, Written, lock
@@ -92,20 +93,39 @@ def _models(settings: Settings) -> dict[str, ModelInfo | PaliGemmaInfo]:
     models: dict[str, ModelInfo | PaliGemmaInfo] = {}
     if settings.yolo:
         models["yolo"] = inspect(settings.yolo, settings.imgsz)
-    if settings.paligemma:
-        models["paligemma"] = paligemma.inspect(settings.paligemma, settings.revision)
+    resolutions: dict[int, PaliGemmaInfo] = {}
+    for path in settings.paligemma:
+        info = paligemma.inspect(path, settings.revision)
+        size = info.input.size
+        if size in resolutions:
+            raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
+        resolutions[size] = info
+    if settings.resolution != "auto" and resolutions:
+        size = int(settings.resolution)
+        if size not in resolutions:
+            sizes = " and ".join(map(str, sorted(resolutions)))
+            raise UsageError(f"--resolution {size}: no --paligemma sees {size} pixels, only {sizes}")
+        resolutions = {size: resolutions[size]}
+    for size in sorted(resolutions):
+        models[f"paligemma {size}" if "paligemma" in models else "paligemma"] = resolutions[size]
     return models
 
 
-def _arguments(name: str, settings: Settings) -> dict[str, Any]:
-    """What of the settings a model's class takes."""
-    if name == "yolo":
-        names = ["conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size"]
-        return {name: getattr(settings, name) for name in names}
-    return {
-        **{name: getattr(settings, name) for name in ("max_tokens", "precision")},
-        **{"prompts": settings.prompt, "regions": settings.on == "regions", "adapter": settings.adapter},
-    }
+def _arguments(models: dict[str, ModelInfo | PaliGemmaInfo], settings: Settings) -> dict[str, dict[str, Any]]:
+    """What each model's class is started with, by name."""
+    yolo = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
+    arguments: dict[str, dict[str, Any]] = {}
+    sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
+    for name, model in models.items():
+        if isinstance(model, PaliGemmaInfo):
+            route = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
+            own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
+            own |= {"prompts": settings.prompt, "regions": settings.on == "regions"}
+            own |= {"route": route if len(sizes) > 1 else None}
+        else:
+            own = {name: getattr(settings, name) for name in yolo}
+        arguments[name] = {"model": model.path, **own, "keep_frames": name != list(models)[-1]}
+    return arguments
 
 
 def _what_is_there(results: Results, settings: Settings, models: dict[str, ModelInfo | PaliGemmaInfo]) -> Coverage:
@@ -157,11 +177,9 @@ def _pass(
         settings.scaled_decode and not regions,
         settings.keep_images,
     )
-    arguments = {name: {"model": model.path, **_arguments(name, settings)} for name, model in models.items()}
-    if len(models) > 1:
-        arguments["yolo"] |= {"keep_frames": True}
     actors = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-    rows = pipeline.flow(units, load, pipeline.plan(arguments, actors, settings.gpus_per_actor), careful)
+    plan = pipeline.plan(_arguments(models, settings), actors, settings.gpus_per_actor)
+    rows = pipeline.flow(units, load, plan, careful)
     written: Written
     totals = dict(done.totals)
     with Progress(done.positions, _expected(listing, totals)) as progress:

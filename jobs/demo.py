@@ -1,11 +1,12 @@
 """The whole flow on made-up scenes and two photographs: `make demo`, or `python -m jobs.demo OUT`.
 
-Writes shards with a handful of broken files among them, annotates them, prints the accuracy against the
-scenes' truth, and leaves a page to look at.
+Writes shards with a handful of broken files among them, annotates them with both models in one pass, prints the
+accuracy against the scenes' truth, and leaves a page to look at.
 """
 
 import importlib.util
 import io
+import shlex
 import shutil
 import sys
 import tarfile
@@ -15,12 +16,17 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from jobs import annotate, show
+from shardsight.demo.questions import DETECT_ALL
 from shardsight.demo.scenes import Scene, scenes
-from shardsight.demo.score import average_precision
+from shardsight.demo.score import answer_figures, average_precision
 from shardsight.demo.writers import jpeg, write
 
 SEED = 7
 EACH = 60  # scenes in the tars, in Parquet and in the folder
+PROMPTS = [
+    *("caption en", "ocr", "answer en how many shapes are there", "answer en what shape is red"),
+    *("answer en is there a blue circle", DETECT_ALL, "segment star"),
+]
 WEIGHTS = Path(importlib.util.find_spec("shardsight.demo").submodule_search_locations[0]) / "weights"  # type: ignore
 
 
@@ -33,12 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
         write(made[number * EACH : (number + 1) * EACH], shards / format, format)
     _break_some(shards, made[0])
     command = [str(shards), *map(str, photographs()), "--output", str(results), "--yolo", str(WEIGHTS / "detect.pt")]
-    print(f"python -m jobs.annotate {' '.join(command)}", flush=True)
+    command += ["--paligemma", str(WEIGHTS / "paligemma"), *(part for one in PROMPTS for part in ("--prompt", one))]
+    print(f"python -m jobs.annotate {shlex.join(command)}", flush=True)
     code = annotate.main([*command, "--overwrite"])
     if code:
         return code
-    figures = average_precision(made, _found(results, made))
-    print(f"boxes against the truth of {len(made)} scenes: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    rows = _rows(results, made)
+    for model, figures in {
+        "YOLO's boxes": average_precision(made, {name: row["detections"] or [] for name, row in rows.items()}),
+        "PaliGemma's answers": answer_figures(made, {name: row["answers"] or [] for name, row in rows.items()}),
+    }.items():
+        said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        print(f"{model} against the truth of {len(made)} scenes: {said}")
     return show.main([str(results), "--page", str(out / "page.html")])
 
 
@@ -63,17 +75,16 @@ def _break_some(shards: Path, scene: Scene) -> None:
     (shards / "tar" / "cut.tar").write_bytes(data[: len(whole) * 3 // 2])
 
 
-def _found(results: Path, made: list[Scene]) -> dict[str, list[dict[str, Any]]]:
-    """Detections by scene; a Parquet row is known by its metadata, the others by their file."""
-    rows = ds.dataset(results / "results", format="parquet").to_table(columns=["id", "metadata", "detections"])
-    names = {scene.name for scene in made}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+def _rows(results: Path, made: list[Scene]) -> dict[str, dict[str, Any]]:
+    """Rows by scene; one from Parquet is known by its position there, the others by their file."""
+    rows = ds.dataset(results / "results", format="parquet").to_table(columns=["id", "detections", "answers"])
+    found: dict[str, dict[str, Any]] = {scene.name: {"detections": [], "answers": []} for scene in made}
     for row in rows.to_pylist():
         stem = row["id"].rpartition("/")[2].rpartition("#")[2].removesuffix(".jpg")
         if ".parquet#" in row["id"]:
             stem = made[EACH + int(stem)].name
-        if stem in names:
-            found[stem] = row["detections"] or []
+        if stem in found:
+            found[stem] = row
     return found
 
 

@@ -4,7 +4,7 @@ A record that ends its process, alone and twice, becomes an error row; its neigh
 """
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,14 @@ class Hopeless(Exception):
 
 
 class Careful:
-    """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`."""
+    """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`.
 
-    def __init__(self, load: Load, models: dict[str, Callable[[], Any]]) -> None:
+    models: (stage, what starts it), in the order in which a row meets them.
+    """
+
+    def __init__(self, load: Load, models: Sequence[tuple[str, Callable[[], Any]]]) -> None:
         self.load, self.start = load, models
-        self.models: dict[str, Any] = {}
+        self.models: dict[int, Any] = {}
         self.condemned = 0  # records in a row
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -70,15 +73,15 @@ class Careful:
 
     def annotate(self, table: pa.Table, id: str) -> pa.Table:
         """One record's row through all stages, or to the one that it does not survive."""
-        for stage in self.start:
+        for number, (stage, start) in enumerate(self.start):
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    model = self.models.get(stage) or self.start[stage]()
-                    self.models[stage] = model
+                    model = self.models.get(number) or start()
+                    self.models[number] = model
                     table = ray.get(model.__call__.remote(table))
                     break
                 except ENDED as error:
-                    self.models.pop(stage, None)
+                    self.models.pop(number, None)
                     if attempt == ATTEMPTS:
                         return self.condemn(table, id, stage, error)
         self.condemned = 0

@@ -5,7 +5,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,8 @@ CALLS = {"yolo": 1, "paligemma": 4}
 class Stage:
     """A model of the flow, in a pool of actors.
 
-    name: `yolo` or `paligemma`. arguments: of its class. actors: least and most. cpus, gpus: what Ray reserves for
-    one. threads: that it computes with.
+    name: `yolo`, `paligemma`, or `paligemma 448` of a further resolution. arguments: of its class. actors: least and
+    most. cpus, gpus: what Ray reserves for one. threads: that it computes with.
     """
 
     name: str
@@ -39,6 +39,10 @@ class Stage:
     cpus: float
     gpus: float
     threads: int
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(" ")[0]
 
 
 def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_per_actor: float | None) -> list[Stage]:
@@ -51,8 +55,9 @@ def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_
     reserved = float(cpus > count * len(models)) if share else (threads - 1) / len(models)
     stages = []
     for name, arguments in models.items():
-        low, _, high = (actors[name] or str(count)).partition(":")
-        stages.append(Stage(name, arguments, (int(low), int(high or low)), reserved, share, threads))
+        stage = Stage(name, arguments, (count, count), reserved, share, threads)
+        low, _, high = (actors[stage.kind] or "").partition(":")
+        stages.append(replace(stage, actors=(int(low), int(high or low))) if low else stage)
     return stages
 
 
@@ -60,7 +65,7 @@ class Annotator:
     """A model in an actor; torch is imported there and not in the driver."""
 
     def __init__(self, stage: Stage) -> None:
-        if stage.name == "yolo":
+        if stage.kind == "yolo":
             from shardsight.yolo import Yolo
 
             self.model: Any = Yolo(**stage.arguments, threads=stage.threads)
@@ -97,7 +102,7 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], careful: bool = Fal
 
         return blocks.map_batches(
             Careful,
-            fn_constructor_args=(load, {stage.name: partial(start, stage) for stage in stages}),
+            fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages]),
             compute=ActorPoolStrategy(min_size=1, max_size=max(stage.actors[1] for stage in stages)),
             batch_size=1,
             batch_format="pyarrow",
@@ -107,7 +112,7 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], careful: bool = Fal
         load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1}
     )
     for stage in stages:
-        calls = CALLS[stage.name]
+        calls = CALLS[stage.kind]
         blocks = blocks.map_batches(
             Annotator,
             fn_constructor_args=(stage,),

@@ -54,7 +54,20 @@ class Settings(BaseSettings):
     max_det: int = Field(300, ge=1, description="most detections of a picture")
     classes: list[int] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
-    paligemma: str | None = Field(None, description="folder, or name on Hugging Face's hub, of a PaliGemma 1 or 2")
+    paligemma: list[str] = Field(
+        [],
+        description="folder, or name on Hugging Face's hub, of a PaliGemma 1 or 2; repeatable, for other resolutions",
+    )
+    resolution: str = Field(
+        "auto",
+        description="auto: of several --paligemma the lowest in which nothing is small; N: the one of N pixels",
+    )
+    small_box: float = Field(
+        16, ge=0, description="pixels of the model's input; a picture with a smaller box from YOLO goes to a larger one"
+    )
+    lost_detail: float = Field(
+        0.05, ge=0, le=1, description="contrast; a picture whose finest parts lose more of it goes to a larger one"
+    )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     adapter: str | None = Field(None, description="folder of a LoRA adapter of it, as peft saves it")
     prompt: list[str] = Field(
@@ -98,9 +111,16 @@ class Settings(BaseSettings):
 
     @field_validator("paligemma")
     @classmethod
-    def _paligemma(cls, value: str | None) -> str | None:
-        """A folder, or a name on the hub as it is."""
-        return absolute(value) if value and os.path.exists(os.path.expanduser(value)) else value
+    def _paligemma(cls, value: list[str]) -> list[str]:
+        """Folders, or names on the hub as they are."""
+        return [absolute(one) if os.path.exists(os.path.expanduser(one)) else one for one in value]
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolution(cls, value: str) -> str:
+        if value != "auto" and not value.isdecimal():
+            raise ValueError("expected auto or a number of pixels")
+        return value
 
     @field_validator("classes", "imgsz", mode="before")
     @classmethod
@@ -151,6 +171,8 @@ class Settings(BaseSettings):
             raise ValueError("no model: give --yolo MODEL, --paligemma MODEL or both")
         if self.on == "regions" and not (self.yolo and self.paligemma):
             raise ValueError("--on regions asks PaliGemma about YOLO's detections: give both --yolo and --paligemma")
+        if self.adapter and len(self.paligemma) > 1:
+            raise ValueError(f"--adapter belongs to one model: give one --paligemma, not {len(self.paligemma)}")
         if self.on == "regions" and len(self.prompt) > 1:
             raise ValueError(f"--on regions takes one --prompt, as a detection has one text, not {len(self.prompt)}")
         if self.paligemma and not self.prompt:
@@ -179,7 +201,7 @@ def parse(arguments: list[str]) -> Settings:
     def parse_args(parser: Any, arguments: list[str]) -> Any:
         """Inputs before, between and after flags; and word for word, as pydantic-settings splits at commas."""
         parsed = parser.parse_intermixed_args(arguments)
-        for name in ("inputs", "prompt"):
+        for name in ("inputs", "prompt", "paligemma"):
             value = vars(parsed).pop(name, None)
             if isinstance(value, list) and value:
                 verbatim[name] = value

@@ -1,6 +1,7 @@
 """What has to see inside vLLM; test_paligemma.py runs it in a process of its own."""
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from shardsight.load import TABLE
 from shardsight.models import ModelDied, ModelError
-from shardsight.paligemma.engine import PaliGemma
+from shardsight.paligemma.engine import Generated, PaliGemma
 from shardsight.paligemma.prefix import Prefix, split, unsuited
 from shardsight.paligemma.prompts import Prompt
 from shardsight.records import Failure
+from tests.conftest import WEIGHTS
 from tests.small_paligemma import make, pictures
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("models") / "second", "gemma2", seed=4)
+    model = make(tmp_path_factory.mktemp("models") / "second", "gemma2", seed=4)
+    shutil.copy(WEIGHTS / "paligemma" / "vae-oid.npz", model)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,15 @@ def test_table(folder: Path) -> None:
             assert answer["text"] == model.vocabulary.decode(alone.ids).strip()
             assert answer["finish_reason"] in ("stop", "length")
             assert answer["score"] == pytest.approx(np.mean(alone.logprobs), abs=1e-4)
+    said = "<loc0256><loc0512><loc0768><loc1023>" + "<seg007>" * 16 + " dog"
+    ids = model.tokenizer.encode(said, add_special_tokens=False)
+    answer = model.answer(Prompt.of("segment car ; dog"), Generated(ids, [-0.5] * len(ids), "stop"), 640, 480)
+    (one,) = answer["detections"]
+    assert answer["text"] == said and (one["label"], one["class_id"]) == ("dog", 1)
+    assert one["score"] == pytest.approx(np.exp(-0.5))
+    assert [one[side] for side in ("x1", "y1", "x2", "y2")] == pytest.approx([320.3, 120.1, 640, 360.4], abs=0.05)
+    assert (one["mask"]["width"], one["mask"]["height"]) == (640, 480)
+
     model.prompts = [Prompt.of("caption en"), Prompt.of("what is it? " * 400)]
     for row in model(table).to_pylist():
         assert row["answers"] is None

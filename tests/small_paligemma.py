@@ -53,18 +53,21 @@ def tokenizer() -> GemmaTokenizer:
     return made
 
 
-def make(folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, **text: Any) -> Path:
+def make(
+    folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, size: int = IMAGE_SIZE, **text: Any
+) -> Path:
     """Write a model, its tokenizer and its processor into `folder`.
 
     kind: gemma (PaliGemma 1) or gemma2 (2). ends: one token in fifteen ends an answer, so that lengths differ.
+    size: of its input, pixels.
     """
     torch.manual_seed(seed)
-    image = SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    image.image_seq_length = (IMAGE_SIZE // PATCH) ** 2
+    image = SiglipImageProcessor(size={"height": size, "width": size})
+    image.image_seq_length = (size // PATCH) ** 2
     processor = PaliGemmaProcessor(image_processor=image, tokenizer=tokenizer())
-    size = len(processor.tokenizer)
+    words = len(processor.tokenizer)
     shape = {
-        "vocab_size": size,
+        "vocab_size": words,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 3,
@@ -85,7 +88,7 @@ def make(folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, **
             intermediate_size=96,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=IMAGE_SIZE,
+            image_size=size,
             patch_size=PATCH,
             vision_use_head=False,
         ),
@@ -108,7 +111,7 @@ def make(folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, **
             elif weight.dim() > 1:
                 gain = 4 if "vision_tower" in name or "projector" in name else 2
                 weight.copy_(torch.randn_like(weight) * gain * weight[0].numel() ** -0.5)
-    stops = [1, *range(6, size, 15)] if ends else [1]
+    stops = [1, *range(6, words, 15)] if ends else [1]
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=2, eos_token_id=stops)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -82,7 +82,7 @@ class Echo:
 def carefully(unit: Unit, load: Load) -> list[dict[str, Any]]:
     import ray
 
-    rows = Careful(load, {"yolo": lambda: ray.remote(Echo).options(num_cpus=0).remote()}).unit(unit)
+    rows = Careful(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
     return pa.concat_tables(rows).to_pylist()
 
 

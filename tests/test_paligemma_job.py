@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from shardsight.decode import decode
+from shardsight.paligemma.resolution import Route
 from shardsight.yolo import Yolo
 from tests.conftest import job_of, rows_of
-from tests.small_paligemma import Reference, make
+from tests.small_paligemma import IMAGE_SIZE, Reference, make
 from tests.test_yolo import annotated
 
 Annotate = Callable[..., tuple[int, str]]
@@ -20,6 +21,11 @@ TOKENS = 12
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("small"), "gemma", seed=21)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("large"), "gemma", seed=22, size=2 * IMAGE_SIZE)
 
 
 @pytest.fixture
@@ -37,16 +43,21 @@ def said(reference: Reference, frame: Any, prompt: str) -> str:
     return str(reference.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def test_both_models_in_one_pass(tmp_path: Path, folder: Path, small: Path, detector: Path, annotate: Annotate) -> None:
-    """Each prompt has its answer, and YOLO finds what it finds alone."""
+def test_all_models_in_one_pass(
+    tmp_path: Path, folder: Path, small: Path, large: Path, detector: Path, annotate: Annotate
+) -> None:
+    """Each prompt has its answer, of the model whose resolution suits the picture; YOLO finds what it finds alone."""
     prompts = ("caption en", "answer en how many dogs are there in the picture?")
-    asked = ("--paligemma", small, *(part for prompt in prompts for part in ("--prompt", prompt)))
+    asked = ("--paligemma", large, "--paligemma", small, "--small-box", 5, "--lost-detail", 1)
+    asked += tuple(part for prompt in prompts for part in ("--prompt", prompt))
     exact = ("--precision", "fp32", "--no-scaled-decode", "--max-tokens", TOKENS, "--max-error-rate", 1)
     code, text = annotate(folder, "--output", tmp_path / "both", "--yolo", detector, *asked, *exact)
     assert code == 0, text
     rows = rows_of(tmp_path / "both")
     assert sorted(Path(row["id"]).name for row in rows) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "broken.jpg"]
-    reference, yolo = Reference(small), Yolo(str(detector), precision="fp32")
+    route = Route((IMAGE_SIZE, 2 * IMAGE_SIZE), IMAGE_SIZE, small_box=5, lost_detail=1)
+    references, used = {IMAGE_SIZE: Reference(small), 2 * IMAGE_SIZE: Reference(large)}, set()
+    yolo = Yolo(str(detector), precision="fp32")
     for row in rows:
         if Path(row["id"]).name == "broken.jpg":
             assert row["error"] and row["answers"] is None and row["detections"] is None
@@ -54,13 +65,17 @@ def test_both_models_in_one_pass(tmp_path: Path, folder: Path, small: Path, dete
         data = Path(row["id"]).read_bytes()
         (alone,) = annotated(yolo, [data])
         assert row["error"] is None and row["detections"] == alone["detections"]
-        frame, _, _ = decode(data)
+        frame, width, height = decode(data)
+        size = route.choose(frame, row["detections"], width, height)
+        used.add(size)
         assert [(one["prompt"], one["text"]) for one in row["answers"]] == [
-            (prompt, said(reference, frame, prompt)) for prompt in prompts
+            (prompt, said(references[size], frame, prompt)) for prompt in prompts
         ]
+    assert len(used) == 2
     job = job_of(tmp_path / "both")
     assert job["exactly_once"] is True and job["stages"]["paligemma"]["rows"] == 4
-    assert set(job["models"]) == {"yolo", "paligemma"} and len(job["models"]["paligemma"]["sha256"]) == 64
+    assert set(job["models"]) == {"yolo", "paligemma", "paligemma 112"}
+    assert job["models"]["paligemma"]["path"] == str(small) and len(job["models"]["paligemma"]["sha256"]) == 64
 
 
 def test_regions_are_cut_out_of_the_original(
@@ -88,3 +103,14 @@ def test_what_is_no_paligemma_is_one_sentence(tmp_path: Path, folder: Path, dete
     for model in (detector, detector.parent, tmp_path / "nowhere"):
         code, text = annotate(folder, "--output", tmp_path / "out", "--paligemma", model)
         assert code == 2 and text.startswith("shardsight: ") and text.count("\n") == 1, text
+
+
+def test_resolutions_that_are_not_there(tmp_path: Path, folder: Path, small: Path, annotate: Annotate) -> None:
+    for arguments, words in [
+        (("--paligemma", small, "--resolution", 448), "no --paligemma sees 448 pixels, only 56"),
+        (("--paligemma", small, "--resolution", "big"), "--resolution: expected auto or a number of pixels"),
+        (("--paligemma", small, "--paligemma", small), "both see 56 pixels"),
+        (("--paligemma", small, "--paligemma", "org/other", "--adapter", small), "--adapter belongs to one model"),
+    ]:
+        code, text = annotate(folder, "--output", tmp_path / "out", *arguments)
+        assert code == 2 and words in text and text.count("\n") == 1, text

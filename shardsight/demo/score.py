@@ -62,7 +62,7 @@ def answer_figures(scenes: Iterable[Scene], answers: dict[str, list[dict[str, An
                 boxes[scene.name] = boxes.get(scene.name, []) + found
             elif form == "segment":
                 truth = [coco_rle(shape.mask) for shape in scene.shapes if shape.kind == rest]
-                masks = [_rle(one["mask"]) for one in answer["detections"] or [] if one["mask"]]
+                masks = [_rle(one["mask"]) for one in answer["detections"] or [] if one.get("mask")]
                 right["mask IoU"] += _best_overlaps(truth, masks)
             else:
                 text = expected(answer["prompt"], shapes)

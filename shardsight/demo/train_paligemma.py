@@ -24,7 +24,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from shardsight.demo.paligemma_answers import Asked
+from shardsight.demo.paligemma_answers import answers
 from shardsight.demo.paligemma_data import Drawn, Shards, draw_shards
 from shardsight.demo.paligemma_model import build, parameters, processor, start_tower, tokenizer
 from shardsight.demo.paligemma_talk import PARTS, Teacher, Writer, collate, conversation, pack
@@ -302,7 +302,7 @@ def measure(learner: Learner, count: int, out: Path = WEIGHTS) -> dict[str, Any]
     """The folder's answers about unseen scenes against their truth; written to figures.json in it."""
     torch.set_num_threads(os.cpu_count() or 1)
     made = list(scenes(count, UNSEEN_SEED + 1))
-    figures: dict[str, Any] = answer_figures(made, Asked(out)(made))
+    figures: dict[str, Any] = answer_figures(made, answers(out, made))
     figures |= {"scenes": count, "seed": UNSEEN_SEED + 1, "parameters": parameters(learner.model)}
     figures |= {"pictures trained on": learner.seen.value, "minutes": round(learner.spent.value)}
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -31,9 +31,11 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from shardsight.models import ModelDied, ModelError
+from shardsight.paligemma.masks import MaskDecoder, paste
 from shardsight.paligemma.model import fits, inspect, shapes
 from shardsight.paligemma.plugin import loaded
 from shardsight.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
+from shardsight.paligemma.resolution import Route
 from shardsight.records import ANSWER, DETECTION, ERROR, Failure, frames_of, with_column, without_frames
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -61,7 +63,8 @@ class PaliGemma:
     """One PaliGemma 1 or 2. Calls from several threads share its batches.
 
     model: a folder, or a name on the hub, of `revision`. prompts: asked of each picture; with `regions`, of the crop of
-    each of its detections. max_tokens: of an answer. precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as
+    each of its detections. route: which of them this model is asked about; all by default. keep_frames: another model
+    comes after. max_tokens: of an answer. precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as
     peft saves it. devices: that share the model. batch_size: most requests that run at once. memory: share of a GPU's
     memory to take. threads: of the CPU. prompt_tokens: most of a prompt. Raises ModelError, PromptError.
     """
@@ -71,6 +74,8 @@ class PaliGemma:
         model: str,
         prompts: Sequence[str] = ("caption en",),
         regions: bool = False,
+        route: Route | None = None,
+        keep_frames: bool = False,
         max_tokens: int = 256,
         precision: str = "auto",
         revision: str | None = None,
@@ -81,7 +86,7 @@ class PaliGemma:
         threads: int | None = None,
         prompt_tokens: int = 256,
     ) -> None:
-        self.regions = regions
+        self.regions, self.route, self.keep_frames = regions, route, keep_frames
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision)
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # what it has was fetched just now
@@ -117,20 +122,26 @@ class PaliGemma:
         self.thread.join()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with FRAME columns → the same, with `answers`, or with `error`, and without frames.
+        """Rows with FRAME columns → the same, with `answers`, or with `error`, and without frames unless they are kept.
 
         With `regions`, frames are whole pictures, and each detection gets its `text` instead. Raises ModelDied.
         """
         clock, cpu = time.perf_counter(), time.process_time()
         failed, detections = table["error"].to_pylist(), table["detections"].to_pylist()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        answers: list[list[dict[str, Any]] | None] = [None] * len(table)
+        answers: list[list[dict[str, Any]] | None] = table["answers"].to_pylist()
         asked: list[tuple[int, dict[str, Any] | None, Prompt, Future[Generated]]] = []
         for index, frame in frames_of(table):
-            seen = [(region, _crop(frame, region)) for region in detections[index] or []]
-            for region, picture in seen if self.regions else [(None, frame)]:
+            boxes = detections[index] or []
+            if self.regions:
+                pictures = [(box, _crop(frame, box)) for box in boxes]
+                pictures = [one for one in pictures if not self.route or self.route.takes(one[1], [], 1, 1)]
+            elif self.route and not self.route.takes(frame, boxes, *sizes[index]):
+                continue
+            else:
+                pictures, answers[index] = [(None, frame)], []
+            for region, picture in pictures:
                 asked += [(index, region, prompt, self.ask(picture, prompt)) for prompt in self.prompts]
-            answers[index] = None if self.regions else []
         for index, region, prompt, future in asked:
             try:
                 answer = self.answer(prompt, future.result(), *sizes[index])
@@ -145,12 +156,13 @@ class PaliGemma:
                 row.append(answer)
         rows = {index for index, *_ in asked}
         spent = (time.perf_counter() - clock) / max(1, len(rows)), (time.process_time() - cpu) / max(1, len(rows))
-        table = without_frames(table)
+        table = table if self.keep_frames else without_frames(table)
         table = with_column(table, "answers", pa.array(answers, pa.list_(ANSWER)))
         table = with_column(table, "detections", pa.array(detections, pa.list_(DETECTION)))
         table = with_column(table, "error", pa.array(failed, ERROR))
         for column, seconds in zip(("paligemma_clock_seconds", "paligemma_cpu_seconds"), spent, strict=True):
-            done = [seconds if index in rows and not failed[index] else None for index in range(len(table))]
+            before = table[column].to_pylist()  # of another resolution
+            done = [seconds if index in rows and not failed[index] else before[index] for index in range(len(table))]
             table = with_column(table, column, pa.array(done, pa.float64()))
         return table
 
@@ -187,7 +199,7 @@ class PaliGemma:
         row |= {"label": found.label, "class_id": class_id, "score": found.score}
         if found.codes and self.masks:
             mask = self.masks.decode(np.array([found.codes]))[0]
-            row["mask"] = self.masks.paste(mask, box, width, height)
+            row["mask"] = paste(mask, box, width, height)
         return row
 
     def _encode(self, text: str) -> list[int]:
@@ -330,14 +342,10 @@ def _vocabulary(tokenizer: Any) -> Vocabulary:
         raise ModelError(f"its tokenizer lacks {error.args[0]}: save it with PaliGemmaProcessor") from None
 
 
-def _masks(folder: str) -> Any:
+def _masks(folder: str) -> MaskDecoder | None:
     """The decoder of `<seg>` codes, where the model's folder holds its weights."""
     path = Path(folder) / "vae-oid.npz"
-    if not path.exists():
-        return None
-    from shardsight.paligemma.masks import MaskDecoder  # type: ignore[import-untyped, unused-ignore]
-
-    return MaskDecoder.load(path)
+    return MaskDecoder.load(path) if path.exists() else None
 
 
 def _adapter(folder: str) -> tuple[str, int, bool]:
