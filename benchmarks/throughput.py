@@ -1,8 +1,8 @@
 """Pictures per second of ours and of the peers, on the same work: `make bench`.
 
 1,000 photo-like JPEGs of 1280×720 → YOLOv8n → Parquet. Each contender runs as a process of its own over a
-few pictures, once, and over all of them, and the difference gives its speed: start-up is apart. Contenders
-alternate, and medians are given. Nothing else should run on the machine.
+few pictures and over all of them, and the difference gives its speed: start-up is apart. Contenders alternate,
+and medians are given. Nothing else should run on the machine.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def main() -> None:
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="repeatable; all by default")
     parser.add_argument("--record", action="store_true", help="write the table and the picture beside this file")
     args = parser.parse_args()
-    figures: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    starts: dict[str, list[float]] = defaultdict(list)
+    longs: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as work:
         few, all, out = Path(work) / "few", Path(work) / "all", Path(work) / "out"
         make_pictures(all, args.count)
@@ -84,30 +85,37 @@ def main() -> None:
         for path in sorted(all.iterdir())[:FEW]:
             shutil.copy(path, few)
         names = args.only or list(CONTENDERS)
-        start = {name: seconds(name, few, out, args.weights, args.imgsz) for name in names}
         for _ in range(args.rounds):
             for name in names:
-                long = seconds(name, all, out, args.weights, args.imgsz)
-                figures[name].append(((args.count - FEW) / (long - start[name]), start[name]))
-                print(f"{name}: {figures[name][-1][0]:.1f} pictures/s, {start[name]:.1f} s for {FEW}", flush=True)
-    table = report(figures, args)
+                starts[name].append(seconds(name, few, out, args.weights, args.imgsz))
+                longs[name].append(seconds(name, all, out, args.weights, args.imgsz))
+                print(f"{name}: {starts[name][-1]:.1f} s for {FEW}, {longs[name][-1]:.1f} s for all", flush=True)
+    table = report(starts, longs, args)
     print(table)
     if args.record:
         (HERE / "throughput.md").write_text(table)
+        figures = {"pictures": args.count, "few": FEW, "seconds for few": starts, "seconds for all": longs}
         (HERE / "throughput.json").write_text(json.dumps(figures, indent=1) + "\n")
-        draw({name: statistics.median(rate for rate, _ in runs) for name, runs in figures.items()})
+        draw({name: statistics.median(runs) for name, runs in rates(starts, longs, args.count).items()})
 
 
-def report(figures: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> str:
-    peers = [statistics.median(rate for rate, _ in figures[name]) for name in ("ultralytics", "ray_data", "daft")
-             if figures.get(name)]  # fmt: skip
+def rates(starts: dict[str, list[float]], longs: dict[str, list[float]], count: int) -> dict[str, list[float]]:
+    """Pictures per second of each round, beyond what a contender's start takes, which is its median over the rounds."""
+    return {
+        name: [(count - FEW) / (long - statistics.median(starts[name])) for long in runs]
+        for name, runs in longs.items()
+    }
+
+
+def report(starts: dict[str, list[float]], longs: dict[str, list[float]], args: argparse.Namespace) -> str:
+    speeds = rates(starts, longs, args.count)
+    peers = [statistics.median(speeds[name]) for name in ("ultralytics", "ray_data", "daft") if name in speeds]
     fastest = max(peers, default=float("nan"))
     lines = ["| | pictures/s | spread | of the fastest peer | start-up, s |", "|---|---:|---:|---:|---:|"]
-    for name, runs in figures.items():
-        rates = [rate for rate, _ in runs]
-        median = statistics.median(rates)
-        start = "" if name == "limit" else f"{runs[0][1]:.0f}"
-        spread = f"{min(rates):.1f}–{max(rates):.1f}"
+    for name, runs in speeds.items():
+        median = statistics.median(runs)
+        start = "" if name == "limit" else f"{statistics.median(starts[name]):.0f}"
+        spread = f"{min(runs):.1f}–{max(runs):.1f}"
         lines.append(f"| {NAMES[name]} | {median:.1f} | {spread} | {median / fastest:.2f}× | {start} |")
     lines_of_cpu = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines_of_cpu if line.startswith("model name")), "")
