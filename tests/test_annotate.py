@@ -1,5 +1,6 @@
 """The main job, as users run it: bad input, restarts, refusals, and what opens its results."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -184,7 +185,7 @@ def test_an_interrupted_job_goes_on(
         (folder / f"{index}.jpg").write_bytes(jpegs[index])
     # Small files, so that something is finished when the signal comes.
     command = (folder, "--output", tmp_path / "out", "--yolo", detector, "--rows-per-file", 10)
-    # What outlives a killed driver must not write on while we count: it dies with a cluster of its own.
+    # What outlives a killed driver must not write on while we count: its cluster is its own, and is killed with it.
     running = start_job(*command, cluster=one_ray if kill is signal.SIGINT else None)
     try:
         wait_for(lambda: len(list((tmp_path / "out" / "results").glob("*.parquet"))) >= 2, running)
@@ -192,6 +193,9 @@ def test_an_interrupted_job_goes_on(
         started = psutil.Process(running.pid).children(recursive=True)
         running.send_signal(kill)
         code = running.wait(60)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     assert not psutil.wait_procs(started, timeout=60)[1]
     assert code == (130 if kill is signal.SIGINT else -signal.SIGKILL)
     there = duckdb.sql(f"select count(*) from '{tmp_path}/out/results/*.parquet'").fetchall()[0][0]

@@ -48,14 +48,14 @@ def test_all_models_in_one_pass(
 ) -> None:
     """Each prompt has its answer, of the model whose resolution suits the picture; YOLO finds what it finds alone."""
     prompts = ("caption en", "answer en how many dogs are there in the picture?")
-    asked = ("--paligemma", large, "--paligemma", small, "--small-box", 5, "--lost-detail", 1)
+    asked = ("--paligemma", large, "--paligemma", small, "--small-box", 8, "--lost-detail", 1)
     asked += tuple(part for prompt in prompts for part in ("--prompt", prompt))
     exact = ("--precision", "fp32", "--no-scaled-decode", "--max-tokens", TOKENS, "--max-error-rate", 1)
     code, text = annotate(folder, "--output", tmp_path / "both", "--yolo", detector, *asked, *exact)
     assert code == 0, text
     rows = rows_of(tmp_path / "both")
     assert sorted(Path(row["id"]).name for row in rows) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "broken.jpg"]
-    route = Route((IMAGE_SIZE, 2 * IMAGE_SIZE), IMAGE_SIZE, small_box=5, lost_detail=1)
+    route = Route((IMAGE_SIZE, 2 * IMAGE_SIZE), IMAGE_SIZE, small_box=8, lost_detail=1)
     references, used = {IMAGE_SIZE: Reference(small), 2 * IMAGE_SIZE: Reference(large)}, set()
     yolo = Yolo(str(detector), precision="fp32")
     for row in rows:

@@ -47,7 +47,7 @@ def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: li
     assert list((bucket / "out" / "results").glob("*.parquet"))
     captions = [row["answers"][0]["text"] for row in rows_of(ROOT / "demo-output" / "annotated") if row["answers"]]
     in_form = [text for text in captions if re.fullmatch(CAPTION, text)]
-    assert len(captions) > 180 and len(in_form) > 170
+    assert len(captions) > 120 and len(in_form) > 110
 
 
 def test_the_models_figures_are_those_measured() -> None:
