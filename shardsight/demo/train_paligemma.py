@@ -134,7 +134,7 @@ def train_tower(learner: Learner, rank: int) -> None:
     torch.manual_seed(rank)
     tower, probe = learner.model.model.vision_tower, learner.probe
     trained = [*tower.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW([{"params": trained, "most": 1e-3}], weight_decay=0.03, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW([{"params": trained, "most": 1e-3}], weight_decay=0.03, betas=(0.9, 0.98), fused=True)
     pictures = _patches(Shards(learner.work / "scenes"), rng)
     table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
     for step in steps(learner, rank, optimizer, warmup=2000):
@@ -194,7 +194,7 @@ def train_words(learner: Learner, rank: int) -> None:
     quick = [parameter for parameter in model.parameters() if id(parameter) not in known] + [*probe.parameters()]
     # Steps of 1e-3 would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
     groups = [{"params": [table], "most": 1e-4}, {"params": gentle, "most": 4e-4}, {"params": quick, "most": 1.5e-3}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
