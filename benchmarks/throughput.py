@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -117,15 +118,18 @@ def report(starts: dict[str, list[float]], longs: dict[str, list[float]], args: 
         start = "" if name == "limit" else f"{statistics.median(starts[name]):.0f}"
         spread = f"{min(runs):.1f}–{max(runs):.1f}"
         lines.append(f"| {NAMES[name]} | {median:.1f} | {spread} | {median / fastest:.2f}× | {start} |")
-    lines_of_cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines_of_cpu if line.startswith("model name")), "")
-    packages = ("ultralytics", "ray", "daft", "torch")
-    conditions = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu or platform.processor()}, {os.cpu_count()} cores, no GPU; "
-        f"{args.count:,} JPEGs of 1280×720, YOLOv8n at imgsz {args.imgsz}, median of {args.rounds} alternating rounds; "
-        + ", ".join(f"{name} {version(name)}" for name in packages)
+    work = (
+        f"{args.count:,} JPEGs of 1280×720, YOLOv8n at imgsz {args.imgsz}, median of {args.rounds} alternating rounds"
     )
-    return "\n".join([*lines, "", conditions, ""])
+    return "\n".join([*lines, "", conditions(work, ("ultralytics", "ray", "daft", "torch")), ""])
+
+
+def conditions(work: str, packages: Sequence[str]) -> str:
+    """What a table was measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, no GPU; {work}; {versions}"
 
 
 def draw(medians: dict[str, float]) -> None:

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         16, ge=0, description="pixels of the model's input; a picture with a smaller box from YOLO goes to a larger one"
     )
     lost_detail: float = Field(
-        0.05, ge=0, le=1, description="contrast; a picture whose finest parts lose more of it goes to a larger one"
+        0.08, ge=0, le=1, description="contrast; a picture whose finest part loses more of it goes to a larger one"
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     adapter: str | None = Field(None, description="folder of a LoRA adapter of it, as peft saves it")

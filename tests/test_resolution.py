@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsight.demo.scenes import Scene
+from benchmarks.resolution import height
+from shardsight.demo.scenes import Scene, scenes
 from shardsight.paligemma.resolution import Route, lost
 
 SIZES = (224, 448)
-RULE = Route(SIZES, 224, small_box=16, lost_detail=0.05)
+RULE = Route(SIZES, 224, small_box=16, lost_detail=0.08)
 
 
 def box(x1: float, y1: float, x2: float, y2: float) -> dict[str, float]:
@@ -52,6 +53,14 @@ def test_one_of_them_takes_it(sizes: list[tuple[float, float]], small: int, deta
         (mine,) = [rule.own for rule in rules if rule.takes(frame, boxes, 512, 512)]
         chosen.append(mine)
     assert chosen[0] <= chosen[1]
+
+
+def test_small_words_are_found() -> None:
+    """Which `benchmarks.resolution` measures, at the default: nearly all of them, and hardly a picture without words."""
+    found = [(height(one), RULE.choose(one.image, [], 1, 1) == 448) for one in scenes(80, seed=9)]
+    small, none = [large for tall, large in found if tall < 10], [large for tall, large in found if tall > 1000]
+    assert len(small) > 5 and np.mean(small) > 0.7
+    assert len(none) > 20 and np.mean(none) < 0.1
 
 
 def test_what_is_lost_is_between_nothing_and_all(some_scenes: list[Scene]) -> None:

@@ -51,12 +51,12 @@ def draw(index: int, seed: int) -> Drawn:
         image,
         cv2.resize(owners, (OWNERS, OWNERS), interpolation=cv2.INTER_NEAREST),
         seen(made),
-        [_word_box(shape, width, height) for shape in made.shapes],
+        [word_box(shape, width, height) for shape in made.shapes],
         mask_crops(made),
     )
 
 
-def _word_box(shape: Shape, width: int, height: int) -> tuple[float, float, float, float] | None:
+def word_box(shape: Shape, width: int, height: int) -> tuple[float, float, float, float] | None:
     """Where scenes.py printed the word, from the same sizes."""
     if shape.word is None:
         return None

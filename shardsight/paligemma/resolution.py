@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-PLACE = 28  # a side of the picture has so many places in which contrast is looked at
+PLACES = 56  # on a side of the picture, in each of which contrast is looked at: four pixels of a 224-pixel input
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Route:
 
 
 def lost(frame: np.ndarray, size: int, larger: int) -> float:
-    """The contrast, 0 to 1, that the finest hundredth of a picture has at `larger` pixels and not at `size`."""
+    """The contrast, 0 to 1, that the finest place of a picture has at `larger` pixels and not at `size`."""
     if max(frame.shape[:2]) <= size:
         return 0.0
     sharp = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (larger, larger), interpolation=cv2.INTER_AREA)
     small = cv2.resize(sharp, (size, size), interpolation=cv2.INTER_AREA)
     difference = cv2.absdiff(sharp, cv2.resize(small, (larger, larger), interpolation=cv2.INTER_CUBIC))
-    places = cv2.resize(difference.astype(np.float32), (PLACE, PLACE), interpolation=cv2.INTER_AREA)
-    return float(np.quantile(places, 0.99)) / 255
+    places = cv2.resize(difference.astype(np.float32), (PLACES, PLACES), interpolation=cv2.INTER_AREA)
+    return float(places.max()) / 255

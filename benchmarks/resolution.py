@@ -1,0 +1,39 @@
+"""How well `--lost-detail` finds the pictures with small words in them: `python -m benchmarks.resolution`.
+
+Made-up scenes, with words of known height, and a PaliGemma of 224 and of 448 pixels: for several thresholds, the share
+of the pictures that go to the larger one, by the height that the smallest word in them has at 224 pixels.
+"""
+
+import argparse
+
+from shardsight.demo.paligemma_data import word_box
+from shardsight.demo.scenes import Scene, scenes
+from shardsight.paligemma.resolution import lost
+
+SIZES = 224, 448
+HEIGHTS = {"below 10 px": (0, 10), "10 to 14 px": (10, 14), "above": (14, 224), "no word": (224, 1e9)}
+
+
+def height(scene: Scene) -> float:
+    """Of the smallest printed word, pixels of the smaller input; far above it where there is none."""
+    rows, columns = scene.image.shape[:2]
+    boxes = [box for shape in scene.shapes if (box := word_box(shape, columns, rows))]
+    return min(((y2 - y1) * SIZES[0] for _, y1, _, y2 in boxes), default=1e6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=5)
+    args = parser.parse_args()
+    found = [(height(one), lost(one.image, *SIZES)) for one in scenes(args.count, args.seed)]
+    groups = {name: [value for tall, value in found if low <= tall < high] for name, (low, high) in HEIGHTS.items()}
+    print("| `--lost-detail` | " + " | ".join(f"{name} ({len(values)})" for name, values in groups.items()) + " |")
+    print("|---|" + "---:|" * len(groups))
+    for threshold in (0.06, 0.08, 0.10, 0.12, 0.16):
+        shares = (sum(value > threshold for value in values) / len(values) for values in groups.values())
+        print(f"| {threshold:.2f} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    main()
