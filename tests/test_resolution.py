@@ -56,7 +56,7 @@ def test_one_of_them_takes_it(sizes: list[tuple[float, float]], small: int, deta
 
 
 def test_small_words_are_found() -> None:
-    """Which `benchmarks.resolution` measures, at the default: nearly all of them, and hardly a picture without words."""
+    """As `benchmarks.resolution` measures: nearly all of them, and hardly a picture without words."""
     found = [(height(one), RULE.choose(one.image, [], 1, 1) == 448) for one in scenes(80, seed=9)]
     small, none = [large for tall, large in found if tall < 10], [large for tall, large in found if tall > 1000]
     assert len(small) > 5 and np.mean(small) > 0.7
