@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from shardsight.load import Load
+from shardsight.load import Load, let_signals_kill
 from shardsight.records import ERROR, Failure, with_column, without_frames
 from shardsight.sources import Record, Unit, printable, read
 
@@ -104,6 +104,7 @@ class Careful:
 @ray.remote(num_cpus=1, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=1)
 def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table]:
     """Of each record its place, and then its row: the place has arrived before the record can end the process."""
+    let_signals_kill()
     for record in read(unit, load.storage):
         yield replace(record, data=None)
         yield load.table([load.row(record)])

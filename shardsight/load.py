@@ -1,6 +1,8 @@
 """Units → tables of decoded frames: reading and decoding in one process, with no copy between them."""
 
+import ctypes
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class Load:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with pickled Units in the column `unit` → tables of TABLE."""
+        let_signals_kill()
         rows: list[dict[str, Any]] = []
         held = 0
         for pickled in batch["unit"].to_pylist():
@@ -96,3 +99,11 @@ class Load:
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
         return pa.Table.from_arrays(columns, schema=TABLE)
+
+
+def let_signals_kill() -> None:
+    """To call in each of Ray's processes. Ray's own handler of fatal signals writes down where it was; where that
+    faults in turn, it is called again, for ever: the process does not die, and the job waits for it."""
+    standard = ctypes.CDLL(None)  # signal.signal works in the main thread only
+    for fatal in (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV):
+        standard.signal(int(fatal), int(signal.SIG_DFL))

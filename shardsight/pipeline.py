@@ -14,7 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from shardsight.careful import Careful
-from shardsight.load import Load
+from shardsight.load import Load, let_signals_kill
 from shardsight.models import ModelDied
 from shardsight.results import Results, Written
 from shardsight.sources import Unit
@@ -65,6 +65,7 @@ class Annotator:
     """A model in an actor; torch is imported there and not in the driver."""
 
     def __init__(self, stage: Stage) -> None:
+        let_signals_kill()
         if stage.kind == "yolo":
             from shardsight.yolo import Yolo
 

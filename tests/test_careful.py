@@ -1,6 +1,8 @@
 """Records that end the process they are in."""
 
 import os
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from shardsight import careful
 from shardsight.careful import Careful, Hopeless
 from shardsight.load import Load
 from shardsight.models import inspect
-from shardsight.pipeline import Annotator
+from shardsight.pipeline import Annotator, Stage
+from shardsight.records import Failure
 from shardsight.sources import Unit
 from shardsight.storage import Storage
 from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
@@ -135,6 +138,34 @@ def test_reading_that_ends_the_process_ends_the_unit(
     (row,) = carefully(unit, Load(Unreadable(), inspect(str(detector)).input))
     assert (row["unit"], row["position"], row["last"]) == (unit.uri, 2, True)
     assert row["error"]["stage"] == "read" and row["id"] == f"{unit.uri}#2"
+
+
+def caught() -> set[int]:
+    """The fatal signals that this process has a handler for."""
+    mask = int(re.findall(r"SigCgt:\t(\w+)", Path("/proc/self/status").read_text())[0], 16)
+    return {signal for signal in (4, 6, 7, 8, 11) if mask >> (signal - 1) & 1}
+
+
+def test_a_fatal_signal_ends_the_process(tmp_path: Path, jpegs: list[bytes], one_ray: None, detector: Path) -> None:
+    """Ray's own handler may fault in turn, and is then called for ever: the job would wait for a process that spins."""
+    import ray
+
+    class Telling(Load):
+        def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
+            raise Failure("Caught", str(caught()))
+
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpegs[0])])
+    unit, load = Unit("tar", str(tmp_path / "a.tar")), Telling(Storage(), inspect(str(detector)).input)
+    batch = pa.table({"unit": [pickle.dumps(unit)]})
+    (slow,) = carefully(unit, load)
+    fresh = ray.remote(Echo).options(num_cpus=0).remote()
+    (quick,) = ray.get(fresh.__ray_call__.remote(lambda _: pa.concat_tables(load(batch)).to_pylist()))
+    assert [row["error"]["message"] for row in (slow, quick)] == ["set()"] * 2
+    stage = Stage("yolo", {"model": str(detector)}, (1, 1), 0, 0, 1)
+    model = ray.remote(Annotator).options(num_cpus=0).remote(stage)
+    assert ray.get(model.__ray_call__.remote(lambda _: caught())) == set()
+    other = ray.remote(Echo).options(num_cpus=0).remote()
+    assert ray.get(other.__ray_call__.remote(lambda _: caught())), "Ray has no handler any more: leave them alone"
 
 
 def test_without() -> None:

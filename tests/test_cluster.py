@@ -39,14 +39,18 @@ def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the job server of a local `ray start --head`."""
-    port, dashboard = free_port(), free_port()
-    command = [RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    dashboard = free_port()
+    # The agent's own port by default may be another cluster's on this machine, and then no job is ever run.
+    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+    command = [RAY, "start", "--head", *ports, "--num-cpus=2", "--block"]
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while subprocess.run([RAY, "job", "list", "--address", f"http://127.0.0.1:{dashboard}"]).returncode:
+        # The server answers before there is an agent to run a job.
+        submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--", "true"]
+        while subprocess.run(submit, capture_output=True).returncode:
             assert head.poll() is None
         yield f"http://127.0.0.1:{dashboard}"
     finally:
