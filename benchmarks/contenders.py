@@ -53,6 +53,7 @@ def ray_data(folder: str, out: str, weights: str, imgsz: int) -> None:
             results = self.model.predict(images, imgsz=imgsz, verbose=False)
             return batch | {"detections": [detections(result) for result in results]}
 
+    ray.init("local")  # and not what an earlier `ray start` left behind
     images = ray.data.read_images(folder, mode="RGB", include_paths=True)
     found = images.map_batches(Detect, batch_size=BATCH, compute=ActorPoolStrategy(size=1), num_cpus=1)
     found.write_parquet(out)

@@ -31,7 +31,12 @@ NAMES = {
     "job": "Shardsight's job, JPEG to Parquet",
     "ray_data_llm": "`ray.data.llm`, JPEG to Parquet",
 }
-LIMITS: dict[str, Any] = {"max_model_len": 320, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
+LIMITS: dict[str, Any] = {
+    "gpu_memory_utilization": 0.3,
+    "max_model_len": 320,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 2048,
+}
 
 
 def engine(folder: str, out: str, model: str) -> float:
@@ -96,11 +101,13 @@ def ray_data_llm(folder: str, out: str, model: str) -> float:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+    ray.init("local")  # and not what an earlier `ray start` left behind
     config = vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={"dtype": "float32", "enforce_eager": True, **LIMITS},
         batch_size=32,
         concurrency=1,
+        placement_group_config={"bundles": [{"CPU": 1}]},  # it would wait for a GPU
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -141,13 +148,13 @@ def main() -> None:
         name, *rest = args.run
         print(f"seconds {CONTENDERS[name](*rest)}")
         return
-    from tests.small_paligemma import make
+    from tests.small_paligemma import as_published, make
 
     rates: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as work:
         few, all, out = Path(work) / "few", Path(work) / "all", Path(work) / "out"
         shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-        model = make(Path(work) / "model", "gemma", ends=False, size=224, **shape, head_dim=64)
+        model = as_published(make(Path(work) / "model", "gemma", ends=False, size=224, **shape, head_dim=64))
         few.mkdir()
         all.mkdir()
         for number, scene in enumerate(scenes(args.count, 1)):
