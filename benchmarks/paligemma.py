@@ -107,6 +107,7 @@ def ray_data_llm(folder: str, out: str, model: str) -> float:
         engine_kwargs={"dtype": "float32", "enforce_eager": True, **LIMITS},
         batch_size=32,
         concurrency=1,
+        log_engine_metrics=False,  # which take more of Ray than is installed
         placement_group_config={"bundles": [{"CPU": 1}]},  # it would wait for a GPU
         chat_template_stage=False,
         tokenize_stage=False,
