@@ -9,6 +9,7 @@ given. ray.data.llm starts vLLM in another process, where our plugin refuses to 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -134,7 +135,7 @@ def seconds(name: str, folder: Path, out: Path, model: Path) -> float:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.split()[-1])
+    return float(re.findall(r"^seconds ([\d.]+)$", done.stdout, re.MULTILINE)[0])  # Ray's workers print after it
 
 
 def main() -> None:
