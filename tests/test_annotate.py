@@ -123,9 +123,9 @@ def test_bad_pictures_cost_no_other(tmp_path: Path, jpegs: list[bytes], annotate
     assert sum(n for types in job["errors"].values() for n in types.values()) == sum(1 for r in rows if r["error"])
     assert json.loads(next(r["metadata"] for r in rows if r["id"].endswith("all.parquet#3"))) == {"n": 3}
 
-    code, said = annotate(folder, "--output", tmp_path / "out2", "--yolo", detector)
+    code, said = annotate(folder, "--output", tmp_path / "out", "--yolo", detector)
     assert code == 3 and "--max-error-rate" in said
-    assert len(rows_of(tmp_path / "out2")) == len(rows)
+    assert len(rows_of(tmp_path / "out")) == len(rows)
 
 
 def test_the_same_command_again_does_nothing(
@@ -172,43 +172,48 @@ def test_retry_errors_runs_only_what_failed(
     assert job_of(tmp_path / "out")["stages"]["decode"]["rows"] == 2
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_job_goes_on(
-    tmp_path: Path, one_ray: str, jpegs: list[bytes], detector: Path, kill: signal.Signals
+    tmp_path: Path, one_ray: str, jpegs: list[bytes], detector: Path, annotate: Annotate
 ) -> None:
-    """Ctrl-C or a killed driver: the same command ends with each id once, and decodes no finished one again."""
-    folder = tmp_path / "in"
+    """Ctrl-C, then a killed driver: the same command ends with each id once, and decodes no finished one again."""
+    folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for shard in range(4):
         write_tar(folder / f"{shard}.tar", [(f"{shard}-{index}.jpg", jpegs[index]) for index in range(40)])
     for index in range(40):
         (folder / f"{index}.jpg").write_bytes(jpegs[index])
     # Small files, so that something is finished when the signal comes.
-    command = (folder, "--output", tmp_path / "out", "--yolo", detector, "--rows-per-file", 10)
-    # What outlives a killed driver must not write on while we count: its cluster is its own, and is killed with it.
-    running = start_job(*command, cluster=one_ray if kill is signal.SIGINT else None)
-    try:
-        wait_for(lambda: len(list((tmp_path / "out" / "results").glob("*.parquet"))) >= 2, running)
-    finally:
-        started = psutil.Process(running.pid).children(recursive=True)
-        running.send_signal(kill)
-        code = running.wait(60)
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    assert not psutil.wait_procs(started, timeout=60)[1]
-    assert code == (130 if kill is signal.SIGINT else -signal.SIGKILL)
-    there = duckdb.sql(f"select count(*) from '{tmp_path}/out/results/*.parquet'").fetchall()[0][0]
-    assert 0 < there < 200
-    again = start_job(*command, cluster=one_ray)
-    _, said = again.communicate(timeout=240)
-    assert again.returncode == 0, said
-    rows = rows_of(tmp_path / "out")
+    command = (folder, "--output", out, "--yolo", detector, "--rows-per-file", 10)
+    there = 0
+    for kill in (signal.SIGINT, signal.SIGKILL):
+        # What outlives a killed driver must not write on while we count: its cluster is its own, and is killed with it.
+        running, before = start_job(*command, cluster=one_ray if kill is signal.SIGINT else None), files_of(out)
+        try:
+            wait_for(lambda before=before: files_of(out) >= before + 2, running)  # type: ignore[misc]
+        finally:
+            started = psutil.Process(running.pid).children(recursive=True)
+            running.send_signal(kill)
+            code = running.wait(60)
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        assert not psutil.wait_procs(started, timeout=60)[1]
+        assert code == (130 if kill is signal.SIGINT else -signal.SIGKILL)
+        now = duckdb.sql(f"select count(*) from '{out}/results/*.parquet'").fetchall()[0][0]
+        assert there < now < 200
+        there = now
+    code, said = annotate(*command)
+    assert code == 0, said
+    rows = rows_of(out)
     assert len(rows) == len({row["id"] for row in rows}) == 200
-    job = job_of(tmp_path / "out")
+    job = job_of(out)
     assert job["exactly_once"] is True
     assert job["resumed_rows"] == there
     assert job["stages"]["decode"]["rows"] == 200 - there
+
+
+def files_of(out: Path) -> int:
+    return len(list((out / "results").glob("*.parquet")))
 
 
 def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 120) -> None:
