@@ -187,9 +187,9 @@ def test_an_interrupted_job_goes_on(
     there = 0
     for kill in (signal.SIGINT, signal.SIGKILL):
         # What outlives a killed driver must not write on while we count: its cluster is its own, and is killed with it.
-        running, before = start_job(*command, cluster=one_ray if kill is signal.SIGINT else None), files_of(out)
+        before, running = files_of(out), start_job(*command, cluster=one_ray if kill is signal.SIGINT else None)
         try:
-            wait_for(lambda before=before: files_of(out) >= before + 2, running)  # type: ignore[misc]
+            wait_for(lambda before=before: files_of(out) >= before + 2, running)
         finally:
             started = psutil.Process(running.pid).children(recursive=True)
             running.send_signal(kill)
