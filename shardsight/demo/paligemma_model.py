@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from shardsight.demo.paligemma_data import SIZE
@@ -68,7 +67,7 @@ def processor() -> PaliGemmaProcessor:
 
 def vision_config() -> SiglipVisionConfig:
     return SiglipVisionConfig(
-        **{"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 5, "num_attention_heads": 3},
+        **{"hidden_size": 320, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 10},
         **{"image_size": SIZE, "patch_size": PATCH, "projection_dim": WIDTH, "vision_use_head": False},
     )
 
@@ -101,39 +100,6 @@ def _smooth(count: int, width: int) -> torch.Tensor:
     features = torch.cat([waves.cos(), waves.sin()], 1)
     vectors = features @ torch.linalg.qr(torch.randn(width, features.shape[1]))[0].T
     return 0.05 * vectors / vectors.std()
-
-
-def start_tower(tower: SiglipVisionModel, patches: torch.Tensor) -> None:
-    """Give the tower a start that saves it the first hours, from pixels of some patches, (n, 3 · PATCH²).
-
-    Patches enter as their principal components, of equal size; places as sines and cosines; and attention
-    looks at what is alike and near, which trained ones are found to do (Trockman and Kolter, arXiv 2305.09828).
-    """
-    width = tower.config.hidden_size
-    embeddings = tower.embeddings
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
-    kept = vectors[:, -width:] / values[-width:].sqrt() @ torch.linalg.qr(torch.randn(width, width))[0]
-    embeddings.patch_embedding.weight.data = 0.5 * kept.T.reshape(embeddings.patch_embedding.weight.shape).contiguous()
-    embeddings.patch_embedding.bias.data = -0.5 * mean @ kept
-    quarter = width // 4
-    waves = torch.arange(GRID)[:, None] / 100 ** (torch.arange(quarter) / quarter)
-    places = torch.cat([waves.sin(), waves.cos()], 1)
-    down, across = places.repeat_interleave(GRID, 0), places.repeat(GRID, 1)
-    embeddings.position_embedding.weight.data = 0.7 * torch.cat([down, across], 1)
-    for layer in tower.encoder.layers:
-        attention = layer.self_attn
-        head = width // attention.num_heads
-        for n in range(attention.num_heads):
-            rows = slice(n * head, (n + 1) * head)
-            wanted = 0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width)
-            u, s, v = torch.svd_lowrank(wanted, head)
-            attention.q_proj.weight.data[rows] = (u * s.sqrt()).T
-            attention.k_proj.weight.data[rows] = (v * s.sqrt()).T
-        wanted = 0.4 * torch.randn(width, width) / width**0.5 - 0.4 * torch.eye(width)
-        u, s, vh = torch.linalg.svd(wanted)
-        attention.v_proj.weight.data = s.sqrt()[:, None] * vh
-        attention.out_proj.weight.data = u * s.sqrt()
 
 
 def parameters(model: Any) -> int:

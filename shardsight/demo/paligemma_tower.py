@@ -20,6 +20,8 @@ from shardsight.demo.scenes import COLOURS, KINDS, SIZES, WORDS
 
 PATCH = 24
 GRID = SIZE // PATCH
+CELLS = OWNERS // GRID  # of the map of owners, along a patch's side
+INK_CELLS = 8  # of the map of printed words, along a patch's side
 NONE = -100  # torch's label for what no loss is taken of
 FEW = 8  # shapes in a scene at the most
 
@@ -149,8 +151,8 @@ def augment(drawn: Drawn, rng: np.random.Generator, words: bool) -> tuple[Drawn,
     printed = [move(box) if box else None for box in drawn.words]
     readable = [(str(shape.word), box) for shape, box in zip(shapes, printed, strict=True) if box]
     light = image.astype(np.float32) * rng.uniform(0.92, 1.08) + rng.uniform(-8, 8)
-    if words and rng.random() < 0.8:
-        for _ in range(rng.integers(1, 9)):
+    if words:
+        for _ in range(rng.integers(4, 20)):
             _print_another(light, readable, rng)
     image = np.clip(light, 0, 255).astype(np.uint8)
     return Drawn(image, owners, shapes, printed, drawn.masks), readable
@@ -161,8 +163,9 @@ def _print_another(image: np.ndarray, readable: list[tuple[str, Any]], rng: np.r
     (w, h), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_DUPLEX, 1, 1)
     scale = float(np.exp(rng.uniform(np.log(9), np.log(50)))) / h
     w, h = w * scale, h * scale
-    stencil = np.zeros((int(h * 1.6) + 4, int(w) + 4), np.uint8)
     thickness = max(1, round(scale * 1.5))
+    (drawn, _), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_DUPLEX, scale, thickness)  # bold, it is wider
+    stencil = np.zeros((int(h * 1.6) + 4, drawn + 4), np.uint8)
     cv2.putText(stencil, word, (2, round(h) + 2), cv2.FONT_HERSHEY_DUPLEX, scale, 255, thickness, cv2.LINE_AA)
     fx, fy = SIZE / width, SIZE / height
     stencil = cv2.resize(stencil, None, fx=fx, fy=fy, interpolation=cv2.INTER_AREA)
@@ -180,8 +183,10 @@ def _print_another(image: np.ndarray, readable: list[tuple[str, Any]], rng: np.r
 
 
 def targets(drawn: Drawn, readable: list[tuple[str, Any]]) -> dict[str, np.ndarray]:
-    """What each patch should answer: int64 (GRID²,), `letters` float32 (GRID², 26), `box` float32 (GRID², 4)."""
-    owner = _owners(drawn)
+    """What each patch should answer: int64 (GRID²,); float32 `letters` (GRID², 26), `box` (GRID², 4), `outline`
+    (GRID², CELLS²), which of its cells are its shape's, and `ink` (GRID², INK_CELLS²), which have print in them."""
+    blocks = _blocks(drawn)
+    owner = _owners(drawn, blocks)
     owned = owner >= 0
     shapes = drawn.shapes
     order = downwards(shapes)
@@ -208,6 +213,8 @@ def targets(drawn: Drawn, readable: list[tuple[str, Any]]) -> dict[str, np.ndarr
     for shape in shapes:
         found["centre"][_patch((shape.box[0] + shape.box[2]) / 2, (shape.box[1] + shape.box[3]) / 2)] = 1
     found["box"] = np.array([shape.box for shape in shapes], np.float32)[owner]
+    found["outline"] = ((blocks == owner[:, None] + 1) & owned[:, None]).astype(np.float32)
+    found["ink"] = _ink(readable)
     found["word here"], found["letters"] = _words(readable)
     return found
 
@@ -216,13 +223,16 @@ def _patch(x: float, y: float) -> int:
     return min(int(y * GRID), GRID - 1) * GRID + min(int(x * GRID), GRID - 1)
 
 
-def _owners(drawn: Drawn) -> np.ndarray:
+def _blocks(drawn: Drawn) -> np.ndarray:
+    """uint8 (GRID², CELLS²): the map of owners by patches."""
+    return drawn.owners.reshape(GRID, CELLS, GRID, CELLS).swapaxes(1, 2).reshape(GRID * GRID, -1)
+
+
+def _owners(drawn: Drawn, blocks: np.ndarray) -> np.ndarray:
     """The shape that each patch belongs to, int (GRID²,), -1 for none: of those in it the one that has the most
     of the patch or of itself there, so that a small one is not lost on a large one."""
-    cells = OWNERS // GRID
-    blocks = drawn.owners.reshape(GRID, cells, GRID, cells).swapaxes(1, 2).reshape(GRID * GRID, -1)
     counts = (blocks[:, :, None] == np.arange(1, len(drawn.shapes) + 1)).sum(1)
-    share = counts / np.minimum(cells * cells, np.maximum(counts.sum(0), 1))
+    share = counts / np.minimum(blocks.shape[1], np.maximum(counts.sum(0), 1))
     owner = np.where(share.max(1) > 0.1, share.argmax(1), -1)
     for number, shape in enumerate(drawn.shapes):
         if not (owner == number).any():
@@ -246,6 +256,34 @@ def _words(readable: list[tuple[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     return words.reshape(-1), letters.reshape(GRID * GRID, _LETTERS)
 
 
+def _ink(readable: list[tuple[str, Any]]) -> np.ndarray:
+    """How much of each cell is print, doubled and at most 1, as a stroke fills half of a cell at the most."""
+    canvas = np.zeros((SIZE, SIZE), np.uint8)
+    for word, (x1, y1, x2, y2) in readable:
+        stencil, wider, higher = _STENCILS[word]
+        left, top = round(x1 * SIZE), round(y1 * SIZE)
+        size = max(round((x2 - x1) * SIZE * wider), 1), max(round((y2 - y1) * SIZE * higher), 1)
+        if left >= 0 and top >= 0:
+            part = canvas[top : top + size[1], left : left + size[0]]
+            print_ = cv2.resize(stencil, size, interpolation=cv2.INTER_AREA)[: part.shape[0], : part.shape[1]]
+            np.maximum(part, print_, out=part)
+    side = GRID * INK_CELLS
+    small = cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA)
+    cells = small.reshape(GRID, INK_CELLS, GRID, INK_CELLS).swapaxes(1, 2).reshape(GRID * GRID, -1)
+    return np.minimum(cells / np.float32(127), 1)
+
+
+def _stencil(word: str) -> tuple[np.ndarray, float, float]:
+    """The word as scenes.py prints it, and how much wider and higher that is than its box: letters are bold, and some
+    hang below the line."""
+    font = cv2.FONT_HERSHEY_DUPLEX
+    (width, height), _ = cv2.getTextSize(word, font, 2, 1)
+    (bold, _), below = cv2.getTextSize(word, font, 2, 3)
+    stencil = np.zeros((height + below, bold), np.uint8)
+    cv2.putText(stencil, word, (0, height), font, 2, 255, 3, cv2.LINE_AA)
+    return stencil, bold / width, (height + below) / height
+
+
 def _letter_places(word: str) -> list[float]:
     """The middle of each letter, of the word's width."""
     ends = [0, *(cv2.getTextSize(word[: n + 1], cv2.FONT_HERSHEY_DUPLEX, 1, 1)[0][0] for n in range(len(word)))]
@@ -253,3 +291,4 @@ def _letter_places(word: str) -> list[float]:
 
 
 _LETTER_PLACES = {word: _letter_places(word) for word in WORDS}
+_STENCILS = {word: _stencil(word) for word in WORDS}

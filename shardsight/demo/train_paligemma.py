@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from shardsight.demo.paligemma_answers import answers
 from shardsight.demo.paligemma_data import Drawn, Shards, draw_shards
-from shardsight.demo.paligemma_model import build, parameters, processor, start_tower, tokenizer
+from shardsight.demo.paligemma_model import build, parameters, processor, tokenizer
+from shardsight.demo.paligemma_start import READ, reading_losses, start_projector, start_tower, told
 from shardsight.demo.paligemma_talk import PARTS, Teacher, Writer, collate, conversation, pack
 from shardsight.demo.paligemma_tower import PATCH, Probe, augment, targets
 from shardsight.demo.scenes import scenes
@@ -36,7 +37,9 @@ from shardsight.paligemma.masks import MaskEncoder
 
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
 SHARDS = 80  # of 250 scenes
-BATCH = 4
+BATCH = 8
+# Matrices in bf16 where the CPU computes in it: half the time.
+HALVES = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 WEIGHTS, VQVAE = Path(__file__).parent / "weights" / "paligemma", "vae-oid.npz"
 
 
@@ -133,13 +136,20 @@ def train_tower(learner: Learner, rank: int) -> None:
     rng = np.random.default_rng([learner.seen.value, rank])
     torch.manual_seed(rank)
     tower, probe = learner.model.model.vision_tower, learner.probe
-    trained = [*tower.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW([{"params": trained, "most": 1e-3}], weight_decay=0.03, betas=(0.9, 0.98), fused=True)
+    slow, quick = _by_pace(tower)
+    groups = [{"params": slow, "most": 1e-4}, {"params": [*quick, *probe.parameters()], "most": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)
     pictures = _patches(Shards(learner.work / "scenes"), rng)
     table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
     for step in steps(learner, rank, optimizer, warmup=2000):
         images, wanted = next(pictures)
-        losses = probe.losses(tower(pixels(images)).last_hidden_state, wanted, table)
+        # At first those that gather learn from the truth, then more and more from what was read.
+        which = torch.rand(len(images)) < 1 - 4 * learner.part
+        with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
+            features, read, early = _through(tower, images, wanted, which)
+        losses = probe.losses(features.float(), wanted, table) | reading_losses(read, wanted)
+        sooner = probe.losses(early.float(), wanted, table)
+        losses |= {f"{name} sooner": sooner[name] for name in ("kind", "box", "letters")}
         _descend(optimizer, sum(_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()))
         means.add(losses)
         if rank == 0 and step % 100 == 99:
@@ -148,7 +158,31 @@ def train_tower(learner: Learner, rank: int) -> None:
             _examine(learner)
 
 
+def _by_pace(tower: Any) -> tuple[list[Any], list[Any]]:
+    """Parameters that must not move fast, and the others. A step of 1e-3 in the weight of each of a patch's 1,728
+    pixels, which are alike, would move its vector by its own length; and whom to look at is known from the start."""
+    slow = {id(parameter) for parameter in tower.embeddings.parameters()}
+    slow |= {id(one) for name, one in tower.named_parameters() if "q_proj" in name or "k_proj" in name}
+    parameters = [*tower.parameters()]
+    return [one for one in parameters if id(one) in slow], [one for one in parameters if id(one) not in slow]
+
+
+def _through(
+    tower: Any, images: torch.Tensor, wanted: dict[str, torch.Tensor], which: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tower's features, what was read, and features two layers before the last; `which` are told the truth."""
+    stream = tower.embeddings(pixels(images))
+    streams: list[torch.Tensor] = []
+    for layer in tower.encoder.layers:
+        if len(streams) == READ:
+            stream = told(stream, wanted, which)
+        stream = layer(stream, None)
+        streams.append(stream)
+    return tower.post_layernorm(stream), streams[READ - 1], tower.post_layernorm(streams[-3])
+
+
 _WEIGHTS = {"order": 0.5, "order of kind": 0.3, "words before": 0.3, "of kind": 0.3, "shapes": 0.3, "largest": 0.5}
+_WEIGHTS |= {"kind sooner": 0.5, "box sooner": 0.5, "letters sooner": 0.5}
 
 
 def _patches(shards: Shards, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -188,27 +222,30 @@ def train_words(learner: Learner, rank: int) -> None:
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     writer = Writer(tokenizer())
     teacher = Teacher(model, writer.loc0)
-    gentle = [*tower.parameters()]
+    slow, gentle = _by_pace(tower)
     table = model.get_input_embeddings().weight
-    known = {id(parameter) for parameter in [*gentle, table]}
+    known = {id(parameter) for parameter in [*tower.parameters(), table]}
     quick = [parameter for parameter in model.parameters() if id(parameter) not in known] + [*probe.parameters()]
     # Steps of 1e-3 would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
-    groups = [{"params": [table], "most": 1e-4}, {"params": gentle, "most": 4e-4}, {"params": quick, "most": 1.5e-3}]
+    groups = [{"params": [table, *slow], "most": 1e-4}, {"params": gentle, "most": 4e-4}]
+    groups += [{"params": quick, "most": 1.5e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
-    table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
+    means = Means()
     for step in steps(learner, rank, optimizer, warmup=2000):
         images, wanted, packed, alone = next(talks)
-        features = tower(pixels(images)).last_hidden_state
-        dense = probe.losses(features, wanted, _locations(model, writer.loc0))
-        projected = projector(features)
-        losses = teacher(projected, packed, alone=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
+            features = tower(pixels(images)).last_hidden_state
+            projected = projector(features)
+            losses = teacher(projected, packed, alone=False)
+        dense = probe.losses(features.float(), wanted, _locations(model, writer.loc0))
         loss = sum(PARTS[name] * value for name, value in losses.items())
         loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
         if step % 3 == 0 and learner.part > 0.3:
-            each = teacher(projected, alone, alone=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
+                each = teacher(projected, alone, alone=True)
             loss = loss + 0.5 * sum(PARTS[name] * value for name, value in each.items())
             losses |= {f"{name} alone": value for name, value in each.items()}
         _descend(optimizer, loss)
@@ -349,6 +386,7 @@ def _train(args: argparse.Namespace, work: Path, name: str, vqvae: Path) -> None
             together(tower, train_tower)
         words.model.load_state_dict(tower.model.state_dict())
         words.probe.load_state_dict(tower.probe.state_dict())
+        start_projector(words.model.model.multi_modal_projector, words.probe)
     together(words, train_words)
 
 
