@@ -13,12 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from shardsight import lineup
 from shardsight.coverage import Coverage
-from shardsight.load import Largest, Load
-from shardsight.models import ModelError, ModelInfo, inspect
-from shardsight.paligemma import model as paligemma
+from shardsight.models import ModelError, ModelInfo
 from shardsight.paligemma.model import PaliGemmaInfo
-from shardsight.paligemma.resolution import Route
 from shardsight.progress import Progress, summary
 from shardsight.records import STAGES
 from shardsight.results import Results, Written, lock
@@ -53,7 +51,7 @@ def annotate(settings: Settings) -> int:
         settings.inputs, storage, settings.uri_column, settings.limit, exclude=results.out.rstrip("/") + "/"
     )
     listing.check()
-    models = _models(settings)
+    models = lineup.known(settings)
     try:
         results.prepare()
     except Exception as error:
@@ -86,46 +84,6 @@ def annotate(settings: Settings) -> int:
         job |= _account(listing, done, before, time.monotonic() - started, stages)
         results.save_job(job)
     return _conclude(job, results, settings)
-
-
-def _models(settings: Settings) -> dict[str, ModelInfo | PaliGemmaInfo]:
-    """What is known of each model, in the order in which pictures meet them. Raises ModelError."""
-    models: dict[str, ModelInfo | PaliGemmaInfo] = {}
-    if settings.yolo:
-        models["yolo"] = inspect(settings.yolo, settings.imgsz)
-    resolutions: dict[int, PaliGemmaInfo] = {}
-    for path in settings.paligemma:
-        info = paligemma.inspect(path, settings.revision)
-        size = info.input.size
-        if size in resolutions:
-            raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
-        resolutions[size] = info
-    if settings.resolution != "auto" and resolutions:
-        size = int(settings.resolution)
-        if size not in resolutions:
-            sizes = " and ".join(map(str, sorted(resolutions)))
-            raise UsageError(f"--resolution {size}: no --paligemma sees {size} pixels, only {sizes}")
-        resolutions = {size: resolutions[size]}
-    for size in sorted(resolutions):
-        models[f"paligemma {size}" if "paligemma" in models else "paligemma"] = resolutions[size]
-    return models
-
-
-def _arguments(models: dict[str, ModelInfo | PaliGemmaInfo], settings: Settings) -> dict[str, dict[str, Any]]:
-    """What each model's class is started with, by name."""
-    yolo = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
-    arguments: dict[str, dict[str, Any]] = {}
-    sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
-    for name, model in models.items():
-        if isinstance(model, PaliGemmaInfo):
-            route = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
-            own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
-            own |= {"prompts": settings.prompt, "regions": settings.on == "regions"}
-            own |= {"route": route if len(sizes) > 1 else None}
-        else:
-            own = {name: getattr(settings, name) for name in yolo}
-        arguments[name] = {"model": model.path, **own, "keep_frames": name != list(models)[-1]}
-    return arguments
 
 
 def _what_is_there(results: Results, settings: Settings, models: dict[str, ModelInfo | PaliGemmaInfo]) -> Coverage:
@@ -169,16 +127,9 @@ def _pass(
     from shardsight import pipeline
 
     start_ray()
-    inputs = tuple(model.input for model in models.values())
-    regions = settings.on == "regions"  # are cut out of the original
-    load = Load(
-        results.storage,
-        inputs[0] if len(inputs) == 1 else Largest(inputs),
-        settings.scaled_decode and not regions,
-        settings.keep_images,
-    )
+    load = lineup.load(models, settings, results.storage, settings.keep_images)
     actors = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-    plan = pipeline.plan(_arguments(models, settings), actors, settings.gpus_per_actor)
+    plan = pipeline.plan(lineup.arguments(models, settings), actors, settings.gpus_per_actor)
     rows = pipeline.flow(units, load, plan, careful)
     written: Written
     totals = dict(done.totals)

@@ -34,20 +34,11 @@ class UsageError(Exception):
     """The request is wrong: one sentence that says what to do. The commands exit with 2."""
 
 
-class Settings(BaseSettings):
-    """Annotate pictures with YOLOv8, PaliGemma or both, and write Parquet, each input exactly once."""
+class Models(BaseSettings):
+    """What every door takes: the models, and how they look at a picture."""
 
-    model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_prog_name="python -m jobs.annotate", extra="forbid", cli_avoid_json=True,
-        cli_hide_none_type=True,
-    )  # fmt: skip
+    model_config = SettingsConfigDict(extra="forbid")
 
-    inputs: CliPositionalArg[list[str]] = Field(
-        [],
-        description="files, folders, globs or s3:// prefixes: pictures, .tar (WebDataset), .parquet with encoded "
-        "images, or a .txt/.csv/.jsonl list of uris",
-    )
-    output: str = Field(description="folder or s3:// prefix; holds results/*.parquet and job.json")
     yolo: str | None = Field(None, description="weights (.pt), or an export: .onnx, …_openvino_model/, .engine, …")
     conf: float = Field(0.25, ge=0, le=1, description="least score of a detection")
     iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker detection")
@@ -84,18 +75,7 @@ class Settings(BaseSettings):
         "auto", description="auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
     batch_size: int | None = Field(None, ge=1, description="pictures the model takes at once; 64 on a GPU, else 16")
-    yolo_actors: str | None = Field(None, description="MIN:MAX model processes; sized to the cluster by default")
-    paligemma_actors: str | None = Field(None, description="the same, of PaliGemma")
-    gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
-    rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
-    uri_column: str | None = Field(None, description="column of uris, in Parquet and in .csv or .jsonl lists")
     storage: dict[str, str] = Field({}, description=f"KEY=VALUE for s3://, repeatable: {', '.join(OPTIONS)}")
-    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures too")
-    limit: int | None = Field(None, ge=1, description="the first N inputs only")
-    overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
-    retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
-    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed inputs above which the job exits 3")
-    config: str | None = Field(None, description="YAML with these names, or an earlier job.json; flags win")
 
     @classmethod
     def settings_customise_sources(
@@ -103,7 +83,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
 
-    @field_validator("output", "yolo", "adapter")
+    @field_validator("yolo", "adapter")
     @classmethod
     def _path(cls, value: str | None) -> str | None:
         """As any other folder would say it, so that job.json is understood there."""
@@ -146,6 +126,42 @@ class Settings(BaseSettings):
                 raise ValueError(f"unknown key {name}: choose from {', '.join(OPTIONS)}")
         return value
 
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: list[str]) -> list[str]:
+        return [Prompt.of(text).text for text in value]
+
+
+class Settings(Models):
+    """Annotate pictures with YOLOv8, PaliGemma or both, and write Parquet, each input exactly once."""
+
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True, cli_prog_name="python -m jobs.annotate", cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    inputs: CliPositionalArg[list[str]] = Field(
+        [],
+        description="files, folders, globs or s3:// prefixes: pictures, .tar (WebDataset), .parquet with encoded "
+        "images, or a .txt/.csv/.jsonl list of uris",
+    )
+    output: str = Field(description="folder or s3:// prefix; holds results/*.parquet and job.json")
+    yolo_actors: str | None = Field(None, description="MIN:MAX model processes; sized to the cluster by default")
+    paligemma_actors: str | None = Field(None, description="the same, of PaliGemma")
+    gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
+    rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
+    uri_column: str | None = Field(None, description="column of uris, in Parquet and in .csv or .jsonl lists")
+    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures too")
+    limit: int | None = Field(None, ge=1, description="the first N inputs only")
+    overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
+    retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed inputs above which the job exits 3")
+    config: str | None = Field(None, description="YAML with these names, or an earlier job.json; flags win")
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        return absolute(value)
+
     @field_validator("yolo_actors", "paligemma_actors")
     @classmethod
     def _actors(cls, value: str | None) -> str | None:
@@ -154,11 +170,6 @@ class Settings(BaseSettings):
             if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
                 raise ValueError("expected N or MIN:MAX, as 1:4")
         return value
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt(cls, value: list[str]) -> list[str]:
-        return [Prompt.of(text).text for text in value]
 
     @model_validator(mode="after")
     def _a_model(self) -> Self:

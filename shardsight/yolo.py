@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,10 @@ class Yolo:
             self.dtype = torch.float32  # an export has its own precision inside
         elif not self.compiles:
             self._cast()
+
+    def set_thresholds(self, conf: float, iou: float, max_det: int, classes: Sequence[int] | None) -> None:
+        """For the calls from now on; as in ultralytics."""
+        vars(self.predictor.args).update(conf=conf, iou=iou, max_det=max_det, classes=classes and list(classes))
 
     def info(self) -> ModelInfo:
         return ModelInfo(str(self.path), self.task, self.names, self.input, _sha256(self.path))

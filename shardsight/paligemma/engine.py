@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from shardsight.models import ModelDied, ModelError
@@ -57,6 +58,24 @@ class _Request:
     frame: np.ndarray
     ids: list[int]
     future: "Future[Generated]"
+    params: SamplingParams
+    hear: Callable[[Generated], None] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a table's pictures are being asked: (row, its region, prompt, answer to come). since: clock, CPU."""
+
+    table: pa.Table
+    answers: list[list[dict[str, Any]] | None]
+    detections: list[list[dict[str, Any]] | None]
+    questions: list[tuple[int, dict[str, Any] | None, Prompt, "Future[Generated]"]]
+    since: tuple[float, float]
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: the engine forgets what is not answered yet."""
+        for *_, future in self.questions:
+            future.cancel()
 
 
 class PaliGemma:
@@ -126,25 +145,37 @@ class PaliGemma:
 
         With `regions`, frames are whole pictures, and each detection gets its `text` instead. Raises ModelDied.
         """
-        clock, cpu = time.perf_counter(), time.process_time()
-        failed, detections = table["error"].to_pylist(), table["detections"].to_pylist()
+        return self.answered(self.ask_about(table, self.prompts, self.regions))
+
+    def ask_about(
+        self, table: pa.Table, prompts: Sequence[Prompt], regions: bool = False, max_tokens: int | None = None
+    ) -> Asked:
+        """Submit the prompts about each picture of a table, or, with `regions`, about each of its detections."""
+        since = time.perf_counter(), time.process_time()
+        detections = table["detections"].to_pylist()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        answers: list[list[dict[str, Any]] | None] = table["answers"].to_pylist()
-        asked: list[tuple[int, dict[str, Any] | None, Prompt, Future[Generated]]] = []
+        asked = Asked(table, table["answers"].to_pylist(), detections, [], since)
         for index, frame in frames_of(table):
             boxes = detections[index] or []
-            if self.regions:
+            if regions:
                 pictures = [(box, _crop(frame, box)) for box in boxes]
                 pictures = [one for one in pictures if not self.route or self.route.takes(one[1], [], 1, 1)]
             elif self.route and not self.route.takes(frame, boxes, *sizes[index]):
                 continue
             else:
-                pictures, answers[index] = [(None, frame)], []
+                pictures, asked.answers[index] = [(None, frame)], []
             for region, picture in pictures:
-                asked += [(index, region, prompt, self.ask(picture, prompt)) for prompt in self.prompts]
-        for index, region, prompt, future in asked:
+                for prompt in prompts:
+                    asked.questions.append((index, region, prompt, self.ask(picture, prompt, max_tokens)))
+        return asked
+
+    def answered(self, asked: Asked) -> pa.Table:
+        """The table with what was answered; waits for it. Raises ModelDied."""
+        table, answers, detections = asked.table, asked.answers, asked.detections
+        failed, widths, heights = (table[name].to_pylist() for name in ("error", "width", "height"))
+        for index, region, prompt, future in asked.questions:
             try:
-                answer = self.answer(prompt, future.result(), *sizes[index])
+                answer = self.answer(prompt, future.result(), widths[index], heights[index])
             except ModelDied:
                 raise
             except Exception as error:
@@ -154,8 +185,9 @@ class PaliGemma:
                 region["text"] = answer["text"]
             elif (row := answers[index]) is not None:
                 row.append(answer)
-        rows = {index for index, *_ in asked}
-        spent = (time.perf_counter() - clock) / max(1, len(rows)), (time.process_time() - cpu) / max(1, len(rows))
+        rows = {index for index, *_ in asked.questions}
+        clock, cpu = time.perf_counter() - asked.since[0], time.process_time() - asked.since[1]
+        spent = clock / max(1, len(rows)), cpu / max(1, len(rows))
         table = table if self.keep_frames else without_frames(table)
         table = with_column(table, "answers", pa.array(answers, pa.list_(ANSWER)))
         table = with_column(table, "detections", pa.array(detections, pa.list_(DETECTION)))
@@ -166,12 +198,29 @@ class PaliGemma:
             table = with_column(table, column, pa.array(done, pa.float64()))
         return table
 
-    def ask(self, frame: np.ndarray, prompt: Prompt) -> "Future[Generated]":
-        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or ModelDied."""
+    def ask(
+        self,
+        frame: np.ndarray,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        hear: Callable[[Generated], None] | None = None,
+    ) -> "Future[Generated]":
+        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or ModelDied; cancelled, it
+        costs no more work.
+
+        max_tokens: fewer than the model's own. temperature: 0 takes the likeliest token. hear: is told, in the engine's
+        thread, what there is of the answer after each token.
+        """
         future: Future[Generated] = Future()
+        kind = RequestOutputKind.CUMULATIVE if hear else RequestOutputKind.FINAL_ONLY
+        most = min(max_tokens or self.max_tokens, self.max_tokens)
+        params = SamplingParams(
+            temperature=temperature, max_tokens=most, logprobs=0, detokenize=False, output_kind=kind
+        )
         try:
             ids = self._encode(prompt.text)
-            self.waiting.put(_Request(frame, ids, future))
+            self.waiting.put(_Request(frame, ids, future, params, hear))
             if not self.thread.is_alive():
                 self._refuse(ModelDied("the engine has ended"))
         except Failure as failure:
@@ -275,8 +324,7 @@ class PaliGemma:
 
     def _serve(self, engine: LLMEngine) -> None:
         """Compute what is asked until None is. A picture is prepared while others still wait for their turn."""
-        live: dict[str, Future[Generated]] = {}
-        params = SamplingParams(temperature=0, max_tokens=self.max_tokens, logprobs=0, detokenize=False)
+        live: dict[str, _Request] = {}
         adapter = LoRARequest("adapter", 1, self.adapter[0]) if self.adapter else None
         number, open_ = 0, True
         try:
@@ -289,22 +337,31 @@ class PaliGemma:
                     if request is None:
                         open_ = False
                         break
+                    if request.future.cancelled():
+                        continue
                     number += 1
                     picture = {"image": Image.fromarray(request.frame)}
                     prompt: Any = {"prompt_token_ids": list(request.ids), "multi_modal_data": picture}
                     try:
-                        engine.add_request(str(number), prompt, params, lora_request=adapter)
-                        live[str(number)] = request.future
+                        engine.add_request(str(number), prompt, request.params, lora_request=adapter)
+                        live[str(number)] = request
                     except Exception as error:  # this request's own
-                        request.future.set_exception(Failure.of(error))
+                        _settle(request, Failure.of(error))
+                if gone := [name for name, request in live.items() if request.future.cancelled()]:
+                    engine.abort_request(gone)
+                    for name in gone:
+                        del live[name]
                 outputs: Any = engine.step() if live else ()
                 for output in outputs:
+                    generated, request = _generated(output.outputs[0]), live[output.request_id]
+                    if request.hear:
+                        request.hear(generated)
                     if output.finished:
-                        live.pop(output.request_id).set_result(_generated(output.outputs[0]))
+                        _settle(live.pop(output.request_id), generated)
         except Exception as error:
             died = ModelDied(f"the engine failed: {type(error).__name__}: {error}")
-            for future in live.values():
-                future.set_exception(died)
+            for request in live.values():
+                _settle(request, died)
             raise died from error
 
     def _refuse(self, error: ModelDied) -> None:
@@ -314,7 +371,16 @@ class PaliGemma:
             except queue.Empty:
                 return
             if request is not None:
-                request.future.set_exception(error)
+                _settle(request, error)
+
+
+def _settle(request: _Request, outcome: Generated | Exception) -> None:
+    if not request.future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, Exception):
+        request.future.set_exception(outcome)
+    else:
+        request.future.set_result(outcome)
 
 
 def _generated(output: Any) -> Generated:

@@ -1,0 +1,121 @@
+"""The job's models as Serve's replicas: the same classes, with many requests in one batch."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from ray import serve
+from ray.util import metrics
+
+from shardsight.models import ModelDied
+from shardsight.paligemma.prompts import Prompt
+
+# (conf, iou, max_det, classes), as in ultralytics.
+Thresholds = tuple[float, float, int, tuple[int, ...] | None]
+BATCHES = [1, 2, 4, 8, 16, 32, 64]
+SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+
+class Detector:
+    """A YOLO. Requests that come while it computes are its next batch."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from shardsight.yolo import Yolo
+
+        self.model = Yolo(**arguments)
+        self.sizes = metrics.Histogram("shardsight_yolo_batch", "Pictures of a batch", BATCHES)
+        self.seconds = metrics.Histogram("shardsight_yolo_seconds", "The model's time for a batch", SECONDS)
+        self.compute(_nothing(), [])  # what is made on first use is made now
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
+    async def __call__(self, tables: list[pa.Table], thresholds: list[Thresholds]) -> list[pa.Table]:
+        """Tables of one row with FRAME columns → the same with `detections`, `classes` or `error`."""
+        groups: dict[Thresholds, list[int]] = defaultdict(list)
+        for index, each in enumerate(thresholds):
+            groups[each].append(index)
+        found: list[pa.Table] = [None] * len(tables)
+        for each, indices in groups.items():
+            rows = await asyncio.to_thread(self.compute, pa.concat_tables([tables[n] for n in indices]), each)
+            for row, index in enumerate(indices):
+                found[index] = rows.slice(row, 1)
+        return found
+
+    def compute(self, table: pa.Table, thresholds: Any) -> pa.Table:
+        started = time.perf_counter()
+        if thresholds:
+            self.model.set_thresholds(*thresholds)
+        rows = self.model(table)
+        self.sizes.observe(len(table))
+        self.seconds.observe(time.perf_counter() - started)
+        return rows
+
+
+class Speaker:
+    """A PaliGemma, whose engine takes each request into the batch that it is computing."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from shardsight.paligemma.engine import PaliGemma
+
+        self.model = PaliGemma(**arguments)
+        self.dead = ""
+        self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
+
+    def check_health(self) -> None:
+        if self.dead:
+            raise RuntimeError(self.dead)
+
+    async def annotate(self, table: pa.Table, prompts: list[str], regions: bool, max_tokens: int) -> pa.Table:
+        """A table of one row with FRAME columns → the same with `answers`, with its detections' `text`, or `error`."""
+        asked = self.model.ask_about(table, [Prompt.of(text) for text in prompts], regions, max_tokens)
+        waiting = [asyncio.wrap_future(future) for *_, future in asked.questions]
+        try:
+            await asyncio.gather(*waiting, return_exceptions=True)
+            self.tokens.inc(sum(len(one.result().ids) for one in waiting if not one.exception()) or 0)
+            return self.model.answered(asked)
+        except ModelDied as error:
+            self.dead = str(error)
+            raise
+        finally:
+            asked.cancel()
+
+    async def speak(
+        self, frame: np.ndarray, text: str, max_tokens: int, temperature: float
+    ) -> AsyncIterator[dict[str, Any]]:
+        """What there is of one answer after each token: `text`, and of all tokens so far `tokens` and `logprobs`."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        prompt = Prompt.of(text)
+
+        def hear(generated: Any) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, generated)
+
+        future = self.model.ask(frame, prompt, max_tokens, temperature, hear)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
+        decode = self.model.vocabulary.decode
+        try:
+            while (generated := await heard.get()) is not None:
+                yield self._said(generated, decode, None)
+            done = future.result()
+            self.tokens.inc(len(done.ids))
+            used = self.model.info.image_tokens + 1 + len(self.model.encoded[prompt.text])
+            yield self._said(done, decode, done.finish_reason) | {"prompt_tokens": used}
+        except ModelDied as error:
+            self.dead = str(error)
+            raise
+        finally:
+            future.cancel()
+
+    @staticmethod
+    def _said(generated: Any, decode: Any, finish_reason: str | None) -> dict[str, Any]:
+        tokens = [decode([token]) for token in generated.ids]
+        said = {"text": decode(generated.ids).strip(), "tokens": tokens, "logprobs": generated.logprobs}
+        return said | {"finish_reason": finish_reason}
+
+
+def _nothing() -> pa.Table:
+    from shardsight.load import TABLE
+
+    return TABLE.empty_table()

@@ -1,0 +1,171 @@
+"""Open Inference Protocol for YOLO, with its binary tensors: https://github.com/kserve/open-inference-protocol.
+
+Input `image`: BYTES [n], encoded pictures, in JSON as base64. Outputs, of m detections in all: `image` INT32 [m], whose
+picture it is; `boxes` FP32 [m, 4], x1, y1, x2, y2 in its pixels; `scores` FP32 [m]; `class_ids` INT32 [m]; `labels`
+BYTES [m]; and `rows` BYTES [n], all of each row as JSON. The job's `conf`, `iou`, `max_det`, `classes` are parameters.
+"""
+
+import asyncio
+import base64
+import json
+import struct
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve.safety import Problem
+
+if TYPE_CHECKING:
+    from serve.app import Door
+
+MOST = 64  # pictures of a request
+LENGTH = "inference-header-content-length"
+OUTPUTS = {
+    "image": ("INT32", [-1]),
+    "boxes": ("FP32", [-1, 4]),
+    "scores": ("FP32", [-1]),
+    "class_ids": ("INT32", [-1]),
+    "labels": ("BYTES", [-1]),
+    "rows": ("BYTES", [-1]),
+}
+_NUMPY = {"INT32": np.int32, "FP32": np.float32}
+
+
+class Tensor(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    datatype: str = ""
+    shape: list[int] = []
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class Inference(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    id: str | None = None
+    inputs: list[Tensor] = Field(min_length=1, max_length=1)
+    outputs: list[Tensor] = []
+    parameters: dict[str, Any] = {}
+
+
+def add(api: FastAPI, door: "Door") -> None:
+    """Add the endpoints."""
+
+    @api.get("/v2", summary="What this server is")
+    async def server() -> dict[str, Any]:
+        return {"name": "shardsight", "version": version("shardsight"), "extensions": ["binary_tensor_data"]}
+
+    @api.get("/v2/health/live", summary="Whether it lives")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @api.get("/v2/health/ready", summary="Whether it answers")
+    async def ready() -> dict[str, bool]:
+        return {"ready": True}
+
+    if "yolo" not in door.models:
+        return
+
+    @api.get("/v2/models/yolo", summary="What YOLO takes and gives")
+    async def model() -> dict[str, Any]:
+        outputs = [{"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()]
+        inputs = [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+        return {"name": "yolo", "versions": ["1"], "platform": "ultralytics", "inputs": inputs, "outputs": outputs}
+
+    @api.get("/v2/models/yolo/ready", summary="Whether YOLO answers")
+    async def model_ready() -> dict[str, Any]:
+        return {"name": "yolo", "ready": True}
+
+    schema = {"schema": Inference.model_json_schema(ref_template="#/components/schemas/{model}")}
+    content = {"application/json": schema, "application/octet-stream": {"schema": {"type": "string"}}}
+
+    @api.post(
+        "/v2/models/yolo/infer",
+        summary="Pictures → detections",
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
+    async def infer(request: Request) -> Response:
+        asked, pictures = _read(await request.body(), request.headers.get(LENGTH))
+        options = door.thresholds(asked.parameters)
+        rows = await asyncio.gather(*(door.row(f"image {n}", data, options) for n, data in enumerate(pictures)))
+        return _write(asked, list(rows))
+
+
+def _read(body: bytes, length: str | None) -> tuple[Inference, list[bytes]]:
+    try:
+        end = len(body) if length is None else int(length)
+        asked = Inference.model_validate_json(body[:end])
+    except (ValueError, ValidationError):
+        raise Problem(400, "the body is no inference request of the Open Inference Protocol") from None
+    tensor, rest = asked.inputs[0], body[end:]
+    if tensor.name != "image" or tensor.datatype != "BYTES":
+        raise Problem(400, f"expected one input, image of BYTES, not {tensor.name} of {tensor.datatype or 'nothing'}")
+    size = tensor.parameters.get("binary_data_size")
+    try:
+        if size is None:
+            pictures = [base64.b64decode(one, validate=True) for one in tensor.data or []]
+        elif size != len(rest):
+            raise ValueError(f"{size} bytes announced, {len(rest)} came")
+        else:
+            pictures = _split(rest)
+    except (ValueError, TypeError, struct.error) as error:
+        raise Problem(400, f"the tensor image cannot be read: {error}") from None
+    if tensor.shape not in ([len(pictures)], [len(pictures), 1]) or not 0 < len(pictures) <= MOST:
+        raise Problem(400, f"image has shape {tensor.shape} and {len(pictures)} pictures: give [n], of 1 to {MOST}")
+    return asked, pictures
+
+
+def _split(data: bytes) -> list[bytes]:
+    parts, at = [], 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4 + length
+        if at > len(data):
+            raise ValueError("its last element is cut short")
+        parts.append(data[at - length : at])
+    return parts
+
+
+def _write(asked: Inference, rows: list[dict[str, Any]]) -> Response:
+    found = [(index, one) for index, row in enumerate(rows) for one in row["detections"] or row["classes"] or []]
+    values: dict[str, Any] = {
+        "image": [index for index, _ in found],
+        "boxes": [[one.get(side) for side in ("x1", "y1", "x2", "y2")] for _, one in found],
+        "scores": [one["score"] for _, one in found],
+        "class_ids": [one["class_id"] for _, one in found],
+        "labels": [one["label"] for _, one in found],
+        "rows": [json.dumps(row) for row in rows],
+    }
+    wanted = asked.outputs or [Tensor(name=name) for name in OUTPUTS]
+    outputs, tail = [], b""
+    for tensor in wanted:
+        if tensor.name not in OUTPUTS:
+            raise Problem(400, f"there is no output {tensor.name}: choose from {', '.join(OUTPUTS)}")
+        kind, _ = OUTPUTS[tensor.name]
+        value = values[tensor.name]
+        shape = [len(value), 4] if tensor.name == "boxes" else [len(value)]
+        output: dict[str, Any] = {"name": tensor.name, "datatype": kind, "shape": shape}
+        if tensor.parameters.get("binary_data", asked.parameters.get("binary_data_output")):
+            raw = _raw(kind, value)
+            output["parameters"] = {"binary_data_size": len(raw)}
+            tail += raw
+        else:
+            output["data"] = [x for box in value for x in box] if tensor.name == "boxes" else value
+        outputs.append(output)
+    answer = {"model_name": "yolo", "model_version": "1", "outputs": outputs} | ({"id": asked.id} if asked.id else {})
+    if not tail:
+        return JSONResponse(answer)
+    head = json.dumps(answer).encode()
+    return Response(head + tail, media_type="application/octet-stream", headers={LENGTH: str(len(head))})
+
+
+def _raw(kind: str, value: list[Any]) -> bytes:
+    if kind == "BYTES":
+        return b"".join(struct.pack("<I", len(one.encode())) + one.encode() for one in value)
+    return np.array([[np.nan if x is None else x for x in np.atleast_1d(one)] for one in value], _NUMPY[kind]).tobytes()
