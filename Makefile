@@ -8,7 +8,7 @@ BIN = .venv/bin
 # would compile all that it imports: half a minute for vLLM instead of ten seconds.
 INSTALL = --constraint requirements.lock --compile-bytecode --editable
 
-.PHONY: install demo test chaos bench accuracy tokens lint lock clean
+.PHONY: install demo serve test chaos bench accuracy tokens lint lock clean
 
 install: .venv/installed
 
@@ -20,6 +20,10 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python -m jobs.demo demo-output
+
+# At 127.0.0.1:8000, until it is interrupted.
+serve: install
+	$(BIN)/serve run serve.app:app yolo=shardsight/demo/weights/detect.pt paligemma=shardsight/demo/weights/paligemma
 
 # Two files of tests at a time, since half of a small job is one process after the other coming up.
 test: lint

@@ -97,11 +97,10 @@ class Guard:
         counted = False
         try:
             self._admit(scope, call)
-            counted = scope["method"] == "POST"
-            if counted:
+            if scope["method"] == "POST":
                 if self.inside >= self.room:
                     raise Problem(429, f"{self.room} requests are worked on already: try again later", after=1)
-                self.inside += 1
+                counted, self.inside = True, self.inside + 1
                 self.waiting.set(self.inside)
             async with asyncio.timeout(self.deadline):
                 await self.app(scope, call.receive, call.send)

@@ -1,0 +1,302 @@
+"""The service with both of the demo's models, asked by the clients that people use."""
+
+import asyncio
+import base64
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import tritonclient.http as triton
+from langchain_core.messages import HumanMessage
+from langchain_openai import ChatOpenAI
+
+from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
+from tests.test_annotate import mixed_inputs
+
+PROMPTS = ["caption en", "detect circle ; star", "segment star"]
+
+
+@pytest.fixture(scope="module")
+def service(one_ray: str, s3: S3) -> Iterator[str]:
+    """Its address."""
+    from ray import serve
+
+    from serve.app import Arguments, app
+
+    port = free_port()
+    storage = dict(pair.split("=", 1) for pair in s3.options()[1::2])
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    arguments = Arguments(
+        yolo=str(WEIGHTS / "detect.pt"),
+        paligemma=[str(WEIGHTS / "paligemma")],
+        precision="fp32",
+        max_bytes=4 << 20,
+        allowed_prefixes=["s3://served/public"],
+        storage=storage,
+    )
+    serve.run(app(arguments), name="shardsight")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ask(service: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service, timeout=120) as client:
+        yield client
+
+
+def data_uri(picture: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+
+
+def test_same_row_as_the_job(
+    ask: httpx.Client, annotate: Callable[..., tuple[int, str]], jpegs: list[bytes], tmp_path: Path
+) -> None:
+    """Whether a picture comes through the job or over HTTP, good or bad, its row is the same."""
+    inputs = [(name, data) for name, data, _ in mixed_inputs(jpegs)]
+    inputs += [(f"scene {n}.jpg", data) for n, data in enumerate(jpegs[4:16])]
+    inputs += [(path.name, path.read_bytes()) for path in PHOTOGRAPHS]
+    (tmp_path / "in").mkdir()
+    for name, data in inputs:
+        (tmp_path / "in" / name).write_bytes(data)
+    both = ["--yolo", WEIGHTS / "detect.pt", "--paligemma", WEIGHTS / "paligemma", "--precision", "fp32"]
+    asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    code, said = annotate(tmp_path / "in", "--output", tmp_path / "out", *both, *asked, "--max-error-rate", 1)
+    assert code == 0, said
+    expected = {Path(row["id"]).name: row for row in rows_of(tmp_path / "out")}
+
+    def over_http(one: tuple[str, bytes]) -> dict[str, Any]:
+        response = ask.post("/v1/annotate", files={"image": one}, data={"prompt": PROMPTS})
+        body: dict[str, Any] = response.json()
+        return body if response.status_code == 200 else body["row"]
+
+    with ThreadPoolExecutor(8) as pool:
+        rows = {row["id"]: row for row in pool.map(over_http, inputs)}
+    assert len(rows) == len(expected) == len(inputs)
+    for name, row in rows.items():
+        assert _rounded(row) == _rounded(expected[name] | {"id": name, "uri": name}), name
+
+
+def _rounded(value: Any) -> Any:
+    """Scores of PaliGemma's tokens vary in the sixth place with what else is in the batch."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def test_openai_client(service: str, jpegs: list[bytes]) -> None:
+    client = openai.OpenAI(base_url=f"{service}/v1", api_key="none")
+    (model,) = client.models.list()
+    content: Any = [
+        {"type": "text", "text": "detect circle ; star"},
+        {"type": "image_url", "image_url": {"url": data_uri(jpegs[0])}},
+    ]
+    asked: Any = {"model": model.id, "messages": [{"role": "user", "content": content}], "max_tokens": 24}
+    whole = client.chat.completions.create(**asked, logprobs=True)
+    (choice,) = whole.choices
+    assert choice.finish_reason in ("stop", "length") and whole.usage and choice.logprobs
+    assert whole.usage.completion_tokens == len(choice.logprobs.content or []) <= 24
+    assert whole.usage.prompt_tokens > 196
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(deltas) == choice.message.content and sum(map(bool, deltas)) > 1
+    assert chunks[-1].usage == whole.usage
+    with pytest.raises(openai.NotFoundError, match="choose from paligemma"):
+        client.chat.completions.create(**asked | {"model": "gpt-4o"})
+    with pytest.raises(openai.BadRequestError, match="one text and one picture"):
+        client.chat.completions.create(**asked | {"messages": [{"role": "user", "content": content[:1]}]})
+
+
+def test_langchain(service: str, jpegs: list[bytes]) -> None:
+    chat = ChatOpenAI(base_url=f"{service}/v1", api_key="none", model="paligemma", max_tokens=8)  # type: ignore
+    picture = {"type": "image_url", "image_url": {"url": data_uri(jpegs[1])}}
+    message = HumanMessage(content=[{"type": "text", "text": "caption en"}, picture])
+    assert chat.invoke([message]).content == "".join(str(chunk.content) for chunk in chat.stream([message]))
+
+
+def test_triton_client(service: str, ask: httpx.Client, jpegs: list[bytes]) -> None:
+    """Its binary tensors, and JSON."""
+    client = triton.InferenceServerClient(service.removeprefix("http://"))
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("yolo")
+    assert client.get_model_metadata("yolo")["inputs"][0]["datatype"] == "BYTES"
+    rows = [ask.post("/v1/annotate", files={"image": data}).json() for data in jpegs[:3]]
+    for binary in (True, False):
+        tensor = triton.InferInput("image", [3], "BYTES")
+        pictures = jpegs[:3] if binary else [base64.b64encode(data) for data in jpegs[:3]]
+        tensor.set_data_from_numpy(np.array(pictures, object), binary_data=binary)
+        outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("image", "boxes", "labels")]
+        found = client.infer("yolo", [tensor], outputs=outputs)
+        boxes = [[one[side] for side in ("x1", "y1", "x2", "y2")] for row in rows for one in row["detections"]]
+        np.testing.assert_allclose(found.as_numpy("boxes"), boxes, rtol=1e-6)
+        labels = [one.decode() if isinstance(one, bytes) else one for one in found.as_numpy("labels")]
+        assert labels == [one["label"] for row in rows for one in row["detections"]]
+        assert found.as_numpy("image").tolist() == [n for n, row in enumerate(rows) for _ in row["detections"]]
+    with pytest.raises(triton.InferenceServerException, match="conf"):
+        client.infer("yolo", [tensor], parameters={"conf": 7})
+
+
+def test_curl_and_json(service: str, ask: httpx.Client, jpegs: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    command = ["curl", "--silent", "--fail", "--form", f"image=@{tmp_path}/a.jpg", "--form", "conf=0.5"]
+    said = subprocess.run([*command, f"{service}/v1/annotate"], capture_output=True, check=True).stdout
+    row = ask.post("/v1/annotate", json={"image": data_uri(jpegs[0]), "conf": 0.5}).json()
+    assert json.loads(said)["detections"] == row["detections"] and row["detections"]
+    none = ask.post("/v1/annotate", json={"image": data_uri(jpegs[0]), "conf": 0.5, "classes": []}).json()
+    assert none["detections"] == []
+    few = ask.post("/v1/annotate", files={"image": jpegs[0]}, data={"classes": "2,3", "max_det": "1"}).json()
+    assert len(few["detections"]) <= 1 and {one["class_id"] for one in few["detections"]} <= {2, 3}
+
+
+def test_regions(ask: httpx.Client, jpegs: list[bytes]) -> None:
+    asked = {"on": "regions", "prompt": "ocr", "max_tokens": "4"}
+    row = ask.post("/v1/annotate", files={"image": jpegs[0]}, data=asked).json()
+    assert row["detections"] and all(isinstance(one["text"], str) for one in row["detections"])
+
+
+def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> None:
+    """Under the allowed prefix alone; a name that climbs out of it is not asked for."""
+    bucket = s3.bucket("served")
+    for folder in ("public", "private", "public-not"):
+        (bucket / folder).mkdir(exist_ok=True)
+        (bucket / folder / "a.jpg").write_bytes(jpegs[0])
+    good = ask.post("/v1/annotate", json={"image": "s3://served/public/a.jpg"}).json()
+    assert good["id"] == "s3://served/public/a.jpg" and good["detections"]
+    for name in ("private/a.jpg", "public-not/a.jpg", "public/../private/a.jpg", "public/none.jpg", "public"):
+        refused = ask.post("/v1/annotate", json={"image": f"s3://served/{name}"})
+        assert refused.status_code == 422 and "row" not in refused.json(), name
+
+
+@pytest.mark.parametrize(
+    "request_, status, words",
+    [
+        ({"files": {"image": b"no picture"}}, 415, "no picture format"),
+        ({"files": {"image": b""}}, 422, "no bytes"),
+        ({"files": {"image": bytes(5 << 20)}}, 413, "at most"),
+        ({"files": {"picture": b"x"}}, 422, "a file named 'image'"),
+        ({"files": {"image": b"x"}, "data": {"conf": "2"}}, 422, "conf"),
+        ({"files": {"image": b"x"}, "data": {"confidence": "0.2"}}, 422, "confidence"),
+        ({"files": {"image": b"x"}, "data": {"prompt": "detect"}}, 422, "lacks its rest"),
+        ({"content": b"x"}, 415, "multipart/form-data"),
+        ({"json": {}}, 422, "image"),
+        ({"json": {"image": "data:image/png;base64,%%%"}}, 422, "data uri"),
+        ({"json": {"image": "file:///etc/passwd"}}, 422, "data: uri"),
+        ({"json": {"image": "http://169.254.169.254/latest/meta-data"}}, 422, "data: uri"),
+        ({"json": {"image": "s3://elsewhere/a.jpg"}}, 422, "allows"),
+        ({"files": {"image": b"x"}, "headers": {"origin": "https://elsewhere.example"}}, 403, "another site"),
+        ({"files": {"image": b"x"}, "headers": {"host": "elsewhere.example"}}, 401, "SHARDSIGHT_API_KEYS"),
+    ],
+)
+def test_refusals(ask: httpx.Client, request_: dict[str, Any], status: int, words: str) -> None:
+    """Each is a problem of RFC 9457 that says in a sentence what is wrong, and tells nothing of the inside."""
+    response = ask.post("/v1/annotate", **request_)
+    problem = response.json()
+    assert response.status_code == problem["status"] == status, problem
+    assert response.headers["content-type"] == "application/problem+json"
+    assert words in problem["detail"] and problem["title"] and "Traceback" not in response.text
+    assert problem["instance"] == f"urn:request:{response.headers['x-request-id']}"
+
+
+def test_what_every_response_carries(ask: httpx.Client) -> None:
+    for path in ("/", "/docs", "/healthz", "/page/page.js", "/nowhere"):
+        response = ask.get(path, headers={"x-request-id": "mine-7"})
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+        assert "access-control-allow-origin" not in response.headers
+        assert response.headers["x-request-id"] == "mine-7"
+        assert "//" not in response.text.replace("http://www.w3.org/2000/svg", "") or path == "/page/page.js"
+
+
+async def _through(guard: Any, headers: dict[str, str], body: list[bytes], client: str = "10.0.0.1") -> list[Any]:
+    """What an ASGI server would be sent; `body` comes in these parts, and nothing after them."""
+    parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return parts.pop(0) if parts else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/annotate", "headers": raw, "client": (client, 1)}
+    await guard(scope, receive, send)
+    return sent
+
+
+async def _swallow(scope: Any, receive: Any, send: Any) -> None:
+    """An application that reads all of the body."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _guard(app: Any = _swallow, **changed: Any) -> Any:
+    from serve.safety import Guard, digest
+
+    limits: dict[str, Any] = {"keys": [digest("one"), digest("two")], "max_bytes": 100, "deadline": 5.0, "room": 2}
+    return Guard(app, **limits | {"routes": []} | changed)
+
+
+@pytest.mark.parametrize("given, status", [("Bearer two", 408), ("Bearer three", 401), ("Basic two", 401), ("", 401)])
+def test_keys(given: str, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    """With the right one, the request goes on (to where its body does not end); no key is ever logged."""
+    caplog.set_level("DEBUG")
+    sent = asyncio.run(_through(_guard(deadline=0.2), {"authorization": given, "host": "a"}, [b"x"]))
+    assert sent[0]["status"] == status
+    assert "two" not in caplog.text and "three" not in caplog.text
+
+
+def test_endless_bodies_and_slow_senders() -> None:
+    key = {"authorization": "Bearer one", "host": "a"}
+    endless = asyncio.run(_through(_guard(), key, [bytes(60)] * 1000))
+    assert endless[0]["status"] == 413
+    announced = asyncio.run(_through(_guard(), key | {"content-length": "101"}, []))
+    assert announced[0]["status"] == 413
+    assert asyncio.run(_through(_guard(deadline=0.2), key, [b"a"]))[0]["status"] == 408
+
+
+def test_what_has_no_room_is_told_so_at_once() -> None:
+    async def all_at_once() -> list[int]:
+        guard = _guard(deadline=1.0)
+        key = {"authorization": "Bearer one", "host": "a"}
+        sent = await asyncio.gather(*(_through(guard, key, [b"x"]) for _ in range(5)))
+        assert guard.inside == 0
+        return sorted(each[0]["status"] for each in sent)
+
+    assert asyncio.run(all_at_once()) == [408, 408, 429, 429, 429]
+
+
+def test_late_work_is_cancelled() -> None:
+    cancelled = []
+
+    async def forever(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    guard = _guard(forever, deadline=0.2)
+    parts = [{"type": "http.request", "body": b"x", "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return parts.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "client": ("::1", 1)}
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == 504 and cancelled
