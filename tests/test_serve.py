@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,30 @@ PROMPTS = ["caption en", "detect circle ; star", "segment star"]
 
 
 @pytest.fixture(scope="module")
-def service(one_ray: str, s3: S3) -> Iterator[str]:
+def inputs(jpegs: list[bytes]) -> list[tuple[str, bytes]]:
+    """Names and encoded pictures, good and bad."""
+    found = [(name, data) for name, data, _ in mixed_inputs(jpegs)]
+    found += [(f"scene {n}.jpg", data) for n, data in enumerate(jpegs[4:16])]
+    return found + [(path.name, path.read_bytes()) for path in PHOTOGRAPHS]
+
+
+@pytest.fixture(scope="module")
+def rows(one_ray: str, inputs: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the job says of them, by name. Before the service takes its share of two cores."""
+    from jobs.annotate import main
+
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "in").mkdir()
+    for name, data in inputs:
+        (folder / "in" / name).write_bytes(data)
+    arguments = [folder / "in", "--output", folder / "out", "--max-error-rate", 1, "--precision", "fp32"]
+    arguments += ["--yolo", WEIGHTS / "detect.pt", "--paligemma", WEIGHTS / "paligemma"]
+    assert main([*map(str, arguments), *(part for prompt in PROMPTS for part in ("--prompt", prompt))]) == 0
+    return {Path(row["id"]).name: row for row in rows_of(folder / "out")}
+
+
+@pytest.fixture(scope="module")
+def service(one_ray: str, rows: dict[str, Any], s3: S3) -> Iterator[str]:
     """Its address."""
     from ray import serve
 
@@ -56,21 +79,8 @@ def data_uri(picture: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
-def test_same_row_as_the_job(
-    ask: httpx.Client, annotate: Callable[..., tuple[int, str]], jpegs: list[bytes], tmp_path: Path
-) -> None:
+def test_same_row_as_the_job(ask: httpx.Client, inputs: list[tuple[str, bytes]], rows: dict[str, Any]) -> None:
     """Whether a picture comes through the job or over HTTP, good or bad, its row is the same."""
-    inputs = [(name, data) for name, data, _ in mixed_inputs(jpegs)]
-    inputs += [(f"scene {n}.jpg", data) for n, data in enumerate(jpegs[4:16])]
-    inputs += [(path.name, path.read_bytes()) for path in PHOTOGRAPHS]
-    (tmp_path / "in").mkdir()
-    for name, data in inputs:
-        (tmp_path / "in" / name).write_bytes(data)
-    both = ["--yolo", WEIGHTS / "detect.pt", "--paligemma", WEIGHTS / "paligemma", "--precision", "fp32"]
-    asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    code, said = annotate(tmp_path / "in", "--output", tmp_path / "out", *both, *asked, "--max-error-rate", 1)
-    assert code == 0, said
-    expected = {Path(row["id"]).name: row for row in rows_of(tmp_path / "out")}
 
     def over_http(one: tuple[str, bytes]) -> dict[str, Any]:
         response = ask.post("/v1/annotate", files={"image": one}, data={"prompt": PROMPTS})
@@ -78,10 +88,10 @@ def test_same_row_as_the_job(
         return body if response.status_code == 200 else body["row"]
 
     with ThreadPoolExecutor(8) as pool:
-        rows = {row["id"]: row for row in pool.map(over_http, inputs)}
-    assert len(rows) == len(expected) == len(inputs)
-    for name, row in rows.items():
-        assert _rounded(row) == _rounded(expected[name] | {"id": name, "uri": name}), name
+        served = {row["id"]: row for row in pool.map(over_http, inputs)}
+    assert len(served) == len(rows) == len(inputs)
+    for name, row in served.items():
+        assert _rounded(row) == _rounded(rows[name] | {"id": name, "uri": name}), name
 
 
 def _rounded(value: Any) -> Any:

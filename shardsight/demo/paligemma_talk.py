@@ -111,7 +111,7 @@ class Teacher(nn.Module):  # type: ignore[misc]
         out = gemma(inputs_embeds=hidden, attention_mask=_mask(batch, alone), position_ids=places, use_cache=False)
         asked = batch["labels"] != -100
         labels, parts = batch["labels"][asked], batch["parts"][asked]
-        logs = F.log_softmax(self.model.lm_head(out.last_hidden_state[:, PICTURE:][asked]), -1)
+        logs = F.log_softmax(self.model.lm_head(out.last_hidden_state[:, PICTURE:][asked]).float(), -1)
         losses = -logs.gather(1, labels[:, None])[:, 0]
         located = parts == list(PARTS).index("loc")
         bins = labels[located] - self.loc0
