@@ -1,10 +1,14 @@
 """The README's commands, as they stand."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,15 +43,34 @@ def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: li
         )
         command = command.replace("google/paligemma2-3b-mix-448", f"{small} --max-tokens 8")
         environment = plain | (keys if "s3://" in block else {})
+        if command == "make serve\n":
+            service = _serve(environment)
+            continue
         done = subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (block, done.stdout, done.stderr)
         assert "make demo" not in block or "PaliGemma's answers against the truth" in done.stdout
+        if "/v1/annotate" in block:
+            assert json.loads(done.stdout)["answers"]
+            os.killpg(service.pid, signal.SIGINT)
+            assert service.wait(60) is not None  # the jobs after it need its cores
     assert (ROOT / "demo-output" / "page.html").stat().st_size > 100_000
     assert (ROOT / "demo-output" / "mine" / "page.html").exists()
     assert list((bucket / "out" / "results").glob("*.parquet"))
     captions = [row["answers"][0]["text"] for row in rows_of(ROOT / "demo-output" / "annotated") if row["answers"]]
     in_form = [text for text in captions if re.fullmatch(CAPTION, text)]
     assert len(captions) > 120 and len(in_form) > 110
+
+
+def _serve(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The service, once it answers."""
+    service = subprocess.Popen(["make", "serve"], cwd=ROOT, env=environment, start_new_session=True)
+    for _ in range(600):
+        assert service.poll() is None
+        with contextlib.suppress(OSError):
+            if b"ok" in urllib.request.urlopen("http://127.0.0.1:8000/healthz", timeout=5).read():
+                return service
+        time.sleep(0.2)
+    raise AssertionError("the service did not start within two minutes")
 
 
 def test_the_models_figures_are_those_measured() -> None:
