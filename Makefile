@@ -8,7 +8,7 @@ BIN = .venv/bin
 # would compile all that it imports: half a minute for vLLM instead of ten seconds.
 INSTALL = --constraint requirements.lock --compile-bytecode --editable
 
-.PHONY: install demo serve test chaos bench accuracy tokens lint lock clean
+.PHONY: install demo serve test browser chaos bench accuracy tokens lint lock clean
 
 install: .venv/installed
 
@@ -33,6 +33,10 @@ test: lint
 bench: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) '.[$(EXTRA),dev,bench]'
 	$(BIN)/python -m benchmarks.throughput --record
+
+# The service's page in a browser. Debian: apt-get install chromium-headless-shell.
+browser: install
+	$(BIN)/python -m pytest -m slow tests/test_page.py
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install

@@ -1,0 +1,105 @@
+"""The service's page in a real browser: `make browser`, which needs Debian's chromium-headless-shell."""
+
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from tests.conftest import ROOT
+from tests.test_serve import ask, inputs, rows, service  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def page(service: str) -> Iterator[Page]:  # noqa: F811
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium-headless-shell"))
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        elsewhere: list[str] = []
+        page.on(
+            "request", lambda asked: None if asked.url.startswith((service, "blob:")) else elsewhere.append(asked.url)
+        )
+        complaints: list[str] = []
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.goto(service)
+        yield page
+        assert not elsewhere and not complaints
+        browser.close()
+
+
+def test_drop_filter_ask(page: Page, ask: httpx.Client, jpegs: list[bytes], tmp_path: Path) -> None:  # noqa: F811
+    """What is drawn is what the endpoint says; labels and score filter it; an answer streams in."""
+    row = ask.post("/v1/annotate", files={"image": jpegs[0]}, data={"conf": "0.05"}).json()
+    page.evaluate(
+        """data => {
+            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "scene.jpg", { type: "image/jpeg" }));
+            const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
+            document.querySelector("#drop").dispatchEvent(drop);
+        }""",
+        base64.b64encode(jpegs[0]).decode(),
+    )
+    page.wait_for_selector("#marks rect")
+    assert _drawn(page) == _expected(row, 0.25)
+    page.locator("#score").fill("0.6")
+    assert _drawn(page) == _expected(row, 0.6)
+    page.locator("#score").fill("0.25")
+    label = row["detections"][0]["label"]
+    page.get_by_label(label, exact=True).uncheck()
+    assert _drawn(page) == [one for one in _expected(row, 0.25) if one[0] != label]
+    page.get_by_label(label, exact=True).check()
+    page.get_by_label("Prompt").fill("detect circle ; star")
+    page.get_by_role("button", name="Ask").click()
+    page.wait_for_function(
+        "!document.querySelector('#ask button').disabled && document.querySelector('#answer').textContent"
+    )
+    said = ask.post("/v1/annotate", files={"image": jpegs[0]}, data={"prompt": "detect circle ; star"}).json()
+    assert page.locator("#answer").inner_text().strip() == (said["answers"][0]["text"] or "(nothing)")
+
+
+def test_a_picture_that_is_none(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no picture")
+    page.locator("#file").set_input_files(tmp_path / "a.jpg")
+    page.wait_for_selector("#status.wrong")
+    assert "no picture format" in page.locator("#status").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 360])
+def test_light_dark_and_a_phone(page: Page, scheme: Any, width: int, jpegs: list[bytes], tmp_path: Path) -> None:
+    """Nothing is cut off at a phone's width, and everything can be reached by keyboard. Leaves screenshots."""
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    (tmp_path / "scene.jpg").write_bytes(jpegs[0])
+    page.locator("#file").set_input_files(tmp_path / "scene.jpg")
+    page.wait_for_selector("#marks rect")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"file", "score", "prompt", "BUTTON"} <= reached
+    page.screenshot(path=ROOT / "demo-output" / f"page-{scheme}-{width}.png", full_page=True)
+
+
+def _drawn(page: Page) -> list[tuple[Any, ...]]:
+    """(label, x1, y1, x2, y2) of each box on the page."""
+    boxes = page.locator("#marks rect").evaluate_all(
+        "all => all.map(r => ['x', 'y', 'width', 'height'].map(name => Number(r.getAttribute(name))))"
+    )
+    names = [text.rpartition(" ")[0] for text in page.locator("#marks text").all_text_contents()]
+    return [
+        (name, *(round(v, 2) for v in (x, y, x + w, y + h))) for name, (x, y, w, h) in zip(names, boxes, strict=True)
+    ]
+
+
+def _expected(row: dict[str, Any], least: float) -> list[tuple[Any, ...]]:
+    found = [one for one in row["detections"] if one["score"] >= least]
+    return [(one["label"], *(round(one[side], 2) for side in ("x1", "y1", "x2", "y2"))) for one in found]
