@@ -114,7 +114,7 @@ function element(name, attributes) {
 
 function mark(one) {
   const stroke = colour(one.class_id ?? 0);
-  const size = Math.max(row.width, row.height) / 45;
+  const size = (13 * row.width) / ($("canvas").clientWidth || row.width); // 13 pixels of the screen
   const marks = [];
   if (one.mask) marks.push(element("path", { class: "mask", d: outline(one.mask), fill: stroke }));
   if (one.corners) {
@@ -222,6 +222,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
 }
 document.addEventListener("paste", (event) => event.clipboardData.files[0] && show(event.clipboardData.files[0]));
 $("score").addEventListener("input", draw);
+window.addEventListener("resize", draw);
 $("ask").addEventListener("submit", ask);
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").addEventListener("change", () => {

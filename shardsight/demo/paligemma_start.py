@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
-from shardsight.demo.paligemma_tower import CELLS, GRID, INK_CELLS, PATCH, Probe
+from shardsight.demo.paligemma_tower import CELLS, CLASSES, GRID, INK_CELLS, PATCH, Probe
 from shardsight.demo.scenes import COLOURS
 
 READ = 2  # layers that read pixels, before those that gather what was read
@@ -139,12 +139,21 @@ def _look_at_the_same_colour(attention: torch.nn.Module) -> None:
         attention.k_proj.weight[place, ACROSS] += across
 
 
-def start_projector(projector: torch.nn.Module, probe: Probe) -> None:
-    """Let the decoder see those directions of the features that the probe's answers lie in."""
-    answers = torch.cat([F.normalize(probe.linear.weight), F.normalize(probe.bins.weight)])
-    directions = torch.linalg.svd(answers.detach(), full_matrices=False)[2]
-    projector.linear.weight.data.copy_(directions[: len(projector.linear.weight)])
-    projector.linear.bias.data.zero_()
+def start_projector(projector: torch.nn.Module, probe: Probe, features: torch.Tensor) -> None:
+    """Hand the decoder what the probe answers, from features (n, width) of some patches.
+
+    Each answer is as loud as any other: what takes up little of a feature, as its colour does, is learnt late or never.
+    """
+    linear, projected = projector.linear, projector.linear.out_features
+    with torch.no_grad():
+        sizes = [*CLASSES.values(), probe.linear.out_features - sum(CLASSES.values())]
+        parts = probe.linear.weight.split(sizes)
+        answers = torch.cat([*(part - part.mean(0) for part in parts[:-1]), parts[-1]])
+        boxes = torch.pca_lowrank(features @ probe.bins.weight.T, projected - len(answers), niter=4)[2]
+        answers = torch.cat([answers, boxes.T @ probe.bins.weight])
+        loud = answers / (features @ answers.T).std(0)[:, None]
+        linear.weight.copy_(torch.linalg.qr(torch.randn(projected, projected))[0] @ loud)
+        linear.bias.copy_(-linear.weight @ features.mean(0))
 
 
 def told(stream: torch.Tensor, targets: dict[str, torch.Tensor], which: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from shardsight.demo.scenes import KINDS
 
 PICTURE = GRID * GRID
 # Kinds of tokens that the loss is averaged over, with their weights.
-PARTS = {"caption": 0.7, "ocr": 1.0, "answer": 1.5, "loc": 1.0, "seg": 0.6, "list": 0.7}
+PARTS = {"caption": 0.7, "ocr": 1.0, "answer": 1.5, "loc": 2.5, "seg": 0.8, "list": 0.7}
 
 
 def conversation(drawn: Drawn, codes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, str]]:

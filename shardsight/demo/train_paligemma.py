@@ -37,7 +37,8 @@ from shardsight.paligemma.masks import MaskEncoder
 
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
 SHARDS = 80  # of 250 scenes
-BATCH = 8
+BATCH = 8  # pictures
+TALKS = 4  # pictures, of a dozen questions each
 # Matrices in bf16 where the CPU computes in it: half the time.
 HALVES = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 WEIGHTS, VQVAE = Path(__file__).parent / "weights" / "paligemma", "vae-oid.npz"
@@ -96,7 +97,7 @@ def _other(loop: Callable[[Learner, int], None], learner: Learner, rank: int) ->
     loop(learner, rank)
 
 
-def steps(learner: Learner, rank: int, optimizer: Any, warmup: int) -> Iterator[int]:
+def steps(learner: Learner, rank: int, optimizer: Any, batch: int) -> Iterator[int]:
     """Numbers of steps until the time is over; sets learning rates, keeps time, speaks and saves on the way."""
     if learner.optimizer_state:
         optimizer.load_state_dict(learner.optimizer_state)
@@ -104,12 +105,12 @@ def steps(learner: Learner, rank: int, optimizer: Any, warmup: int) -> Iterator[
     step = 0
     while learner.part < 1:
         for group in optimizer.param_groups:
-            warm = min(1.0, learner.seen.value / warmup + 0.02)
+            warm = min(1.0, learner.seen.value / 2000 + 0.02)
             group["lr"] = group["most"] * warm * (0.03 + 0.97 * _cosine(learner.part))
         yield step
         step += 1
         with learner.seen.get_lock():
-            learner.seen.value += BATCH
+            learner.seen.value += batch
         now = time.monotonic()
         if rank == 0:
             learner.spent.value += min(now - last, 30) / 60  # not what it stood still
@@ -141,7 +142,7 @@ def train_tower(learner: Learner, rank: int) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)
     pictures = _patches(Shards(learner.work / "scenes"), rng)
     table, means = _locations(learner.model, Writer(tokenizer()).loc0), Means()
-    for step in steps(learner, rank, optimizer, warmup=2000):
+    for step in steps(learner, rank, optimizer, BATCH):
         images, wanted = next(pictures)
         # At first those that gather learn from the truth, then more and more from what was read.
         which = torch.rand(len(images)) < 1 - 4 * learner.part
@@ -227,29 +228,34 @@ def train_words(learner: Learner, rank: int) -> None:
     known = {id(parameter) for parameter in [*tower.parameters(), table]}
     quick = [parameter for parameter in model.parameters() if id(parameter) not in known] + [*probe.parameters()]
     # Steps of 1e-3 would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
-    groups = [{"params": [table, *slow], "most": 1e-4}, {"params": gentle, "most": 4e-4}]
+    groups = [{"params": [table, *slow], "most": 1e-4}, {"params": gentle, "most": 3e-4}]
     groups += [{"params": quick, "most": 1.5e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
     means = Means()
-    for step in steps(learner, rank, optimizer, warmup=2000):
+    for step in steps(learner, rank, optimizer, TALKS):
         images, wanted, packed, alone = next(talks)
+        # What a decoder wants that has learnt nothing yet would undo what the tower has learnt.
+        alone_first = learner.part < 0.7
         with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
-            features = tower(pixels(images)).last_hidden_state
+            with torch.set_grad_enabled(not alone_first):
+                features = tower(pixels(images)).last_hidden_state
             projected = projector(features)
             losses = teacher(projected, packed, alone=False)
-        dense = probe.losses(features.float(), wanted, _locations(model, writer.loc0))
         loss = sum(PARTS[name] * value for name, value in losses.items())
-        loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
+        dense: dict[str, torch.Tensor] = {}
+        if not alone_first:
+            dense = probe.losses(features.float(), wanted, _locations(model, writer.loc0))
+            loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
         if step % 3 == 0 and learner.part > 0.3:
             with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
                 each = teacher(projected, alone, alone=True)
             loss = loss + 0.5 * sum(PARTS[name] * value for name, value in each.items())
             losses |= {f"{name} alone": value for name, value in each.items()}
         _descend(optimizer, loss)
-        means.add(losses | {f"tower {name}": dense[name] for name in ("kind", "box", "bins", "word here")})
+        means.add(losses | {f"tower {name}": dense[name] for name in ("kind", "box", "word here") if dense})
         if rank == 0:
             _average(learner.averaged, model.state_dict(), min(0.99, 1 - 2 / (step + 2)))
             if step % 50 == 49:
@@ -269,8 +275,8 @@ def _talks(
     shards = Shards(learner.work / "scenes")
     while True:
         order = rng.permutation(len(shards))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            numbers = [int(number) for number in order[start : start + BATCH]]
+        for start in range(0, len(order) - TALKS + 1, TALKS):
+            numbers = [int(number) for number in order[start : start + TALKS]]
             changed = [augment(shards[number], rng, words=False) for number in numbers]
             written = [
                 [writer.write(*pair) for pair in conversation(drawn, encoder.encode(drawn.masks / 255), rng)]
@@ -378,15 +384,17 @@ def _train(args: argparse.Namespace, work: Path, name: str, vqvae: Path) -> None
         torch.nn.init.zeros_(words.probe.linear.weight)  # it is new, and must not pull at a tower that is not
     elif not words.seen.value:
         tower = Learner(work, "tower", args.tower_minutes, vqvae)
+        shards = Shards(work / "scenes")
+        some = pixels(_stack([shards[number * 40].image for number in range(100)]))
         if not tower.seen.value:
-            shards = Shards(work / "scenes")
-            some = pixels(_stack([shards[number * 40].image for number in range(100)]))
             start_tower(tower.model.model.vision_tower, F.unfold(some, PATCH, stride=PATCH).mT.flatten(0, 1))
         if tower.part < 1:
             together(tower, train_tower)
         words.model.load_state_dict(tower.model.state_dict())
         words.probe.load_state_dict(tower.probe.state_dict())
-        start_projector(words.model.model.multi_modal_projector, words.probe)
+        with torch.no_grad():
+            features = words.model.model.vision_tower(some).last_hidden_state.flatten(0, 1)
+        start_projector(words.model.model.multi_modal_projector, words.probe, features)
     together(words, train_words)
 
 
