@@ -20,18 +20,23 @@ from shardsight.demo.scenes import KINDS
 
 PICTURE = GRID * GRID
 # Kinds of tokens that the loss is averaged over, with their weights.
-PARTS = {"caption": 0.7, "ocr": 1.0, "answer": 1.5, "loc": 2.5, "seg": 0.8, "list": 0.7}
+PARTS = {"caption": 3.0, "ocr": 1.0, "answer": 3.0, "loc": 1.5, "seg": 0.5, "list": 1.0}
+
+
+def words(drawn: Drawn, codes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """(prefix, suffix) of every form that is answered in words."""
+    yield caption(drawn.shapes)
+    yield ocr(drawn.shapes)
+    for about in QUESTIONS:
+        pair = ask(drawn.shapes, about, rng)
+        if pair:
+            yield pair
 
 
 def conversation(drawn: Drawn, codes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """(prefix, suffix) of every form. codes: int (n, 16), of the shapes' masks."""
+    """The same, and lists of boxes and masks. codes: int (n, 16), of the shapes' masks."""
     shapes = drawn.shapes
-    yield caption(shapes)
-    yield ocr(shapes)
-    for about in QUESTIONS:
-        pair = ask(shapes, about, rng)
-        if pair:
-            yield pair
+    yield from words(drawn, codes, rng)
     yield detect(shapes)
     some = sorted(rng.choice(len(KINDS), int(rng.integers(1, len(KINDS))), replace=False))
     yield detect(shapes, [KINDS[n] for n in some])

@@ -28,7 +28,7 @@ from shardsight.demo.paligemma_answers import answers
 from shardsight.demo.paligemma_data import Drawn, Shards, draw_shards
 from shardsight.demo.paligemma_model import build, parameters, processor, tokenizer
 from shardsight.demo.paligemma_start import READ, reading_losses, start_projector, start_tower, told
-from shardsight.demo.paligemma_talk import PARTS, Teacher, Writer, collate, conversation, pack
+from shardsight.demo.paligemma_talk import PARTS, Teacher, Writer, collate, conversation, pack, words
 from shardsight.demo.paligemma_tower import PATCH, Probe, augment, targets
 from shardsight.demo.scenes import scenes
 from shardsight.demo.score import answer_figures
@@ -224,21 +224,18 @@ def train_words(learner: Learner, rank: int) -> None:
     writer = Writer(tokenizer())
     teacher = Teacher(model, writer.loc0)
     slow, gentle = _by_pace(tower)
-    table = model.get_input_embeddings().weight
-    known = {id(parameter) for parameter in [*tower.parameters(), table]}
+    known = {id(parameter) for parameter in tower.parameters()}
     quick = [parameter for parameter in model.parameters() if id(parameter) not in known] + [*probe.parameters()]
-    # Steps of 1e-3 would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
-    groups = [{"params": [table, *slow], "most": 1e-4}, {"params": gentle, "most": 3e-4}]
-    groups += [{"params": quick, "most": 1.5e-3}]
+    groups = [{"params": slow, "most": 1e-4}, {"params": gentle, "most": 3e-4}, {"params": quick, "most": 1e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
-    means = Means()
+    locations, means = _locations(model, writer.loc0), Means()
     for step in steps(learner, rank, optimizer, TALKS):
         images, wanted, packed, alone = next(talks)
         # What a decoder wants that has learnt nothing yet would undo what the tower has learnt.
-        alone_first = learner.part < 0.7
+        alone_first = learner.part < 0.9
         with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
             with torch.set_grad_enabled(not alone_first):
                 features = tower(pixels(images)).last_hidden_state
@@ -247,14 +244,18 @@ def train_words(learner: Learner, rank: int) -> None:
         loss = sum(PARTS[name] * value for name, value in losses.items())
         dense: dict[str, torch.Tensor] = {}
         if not alone_first:
-            dense = probe.losses(features.float(), wanted, _locations(model, writer.loc0))
+            dense = probe.losses(features.float(), wanted, locations)
             loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
         if step % 3 == 0 and learner.part > 0.3:
             with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
                 each = teacher(projected, alone, alone=True)
             loss = loss + 0.5 * sum(PARTS[name] * value for name, value in each.items())
             losses |= {f"{name} alone": value for name, value in each.items()}
+        before = locations.clone()
         _descend(optimizer, loss)
+        # Whole steps would soon undo the likeness of neighbouring <loc> tokens, whose vectors are of that size.
+        with torch.no_grad():
+            locations.lerp_(before, 0.9)
         means.add(losses | {f"tower {name}": dense[name] for name in ("kind", "box", "word here") if dense})
         if rank == 0:
             _average(learner.averaged, model.state_dict(), min(0.99, 1 - 2 / (step + 2)))
@@ -278,8 +279,10 @@ def _talks(
         for start in range(0, len(order) - TALKS + 1, TALKS):
             numbers = [int(number) for number in order[start : start + TALKS]]
             changed = [augment(shards[number], rng, words=False) for number in numbers]
+            # Lists of boxes are long, and would drown what is to be learnt first: to look at one shape.
+            forms = conversation if learner.part > 0.3 else words
             written = [
-                [writer.write(*pair) for pair in conversation(drawn, encoder.encode(drawn.masks / 255), rng)]
+                [writer.write(*pair) for pair in forms(drawn, encoder.encode(drawn.masks / 255), rng)]
                 for drawn, _ in changed
             ]
             alone = [pack([one[rng.integers(len(one))]]) for one in written]
@@ -347,7 +350,8 @@ def measure(learner: Learner, count: int, out: Path = WEIGHTS) -> dict[str, Any]
     made = list(scenes(count, UNSEEN_SEED + 1))
     figures: dict[str, Any] = answer_figures(made, answers(out, made))
     figures |= {"scenes": count, "seed": UNSEEN_SEED + 1, "parameters": parameters(learner.model)}
-    figures |= {"pictures trained on": learner.seen.value, "minutes": round(learner.spent.value)}
+    for stage in (Learner(learner.work, "tower", 1, learner.vqvae), learner):
+        figures |= {f"{stage.path.stem}: pictures": stage.seen.value, f"{stage.path.stem}: minutes": stage.spent.value}
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
