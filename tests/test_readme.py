@@ -110,3 +110,10 @@ def test_nothing_of_this_machine_is_committed() -> None:
     for name in names.rstrip("\0").split("\0"):
         path = ROOT / name
         assert not path.exists() or path.stat().st_size < 10 << 20, name
+
+
+def test_paligemmas_figures_are_those_measured() -> None:
+    figures = json.loads((WEIGHTS / "paligemma" / "figures.json").read_text())
+    table = re.findall(r"^\| [^|]+ \| ([0-9.]+) \| [0-9.]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = ("caption", "vqa", "ocr", "mAP50", "mask IoU")
+    assert [float(figure) for figure in table] == [round(figures[name], 2) for name in names]

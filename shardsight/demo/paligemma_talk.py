@@ -20,7 +20,7 @@ from shardsight.demo.scenes import KINDS
 
 PICTURE = GRID * GRID
 # Kinds of tokens that the loss is averaged over, with their weights.
-PARTS = {"caption": 3.0, "ocr": 1.0, "answer": 3.0, "loc": 1.5, "seg": 0.5, "list": 1.0}
+PARTS = {"caption": 2.0, "ocr": 1.5, "answer": 2.5, "loc": 4.0, "seg": 0.5, "list": 1.0}
 
 
 def words(drawn: Drawn, codes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, str]]:

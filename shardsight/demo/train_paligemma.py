@@ -337,11 +337,14 @@ def publish(learner: Learner, out: Path = WEIGHTS) -> None:
     assert learner.averaged is not None
     model = build()
     model.load_state_dict(learner.averaged)
-    model.to(torch.bfloat16).save_pretrained(out)
+    for old in out.glob("model*"):
+        old.unlink()
+    model.to(torch.bfloat16).save_pretrained(out, max_shard_size="9MB")  # as no file here is larger than 10
     processor().save_pretrained(out)
     if learner.vqvae.resolve() != (out / VQVAE).resolve():
         shutil.copy(learner.vqvae, out / VQVAE)
-    (out / "model.safetensors").chmod(0o644)  # written as a temporary file
+    for part in out.glob("model*.safetensors"):
+        part.chmod(0o644)  # written as a temporary file
 
 
 def measure(learner: Learner, count: int, out: Path = WEIGHTS) -> dict[str, Any]:
@@ -351,7 +354,10 @@ def measure(learner: Learner, count: int, out: Path = WEIGHTS) -> dict[str, Any]
     figures: dict[str, Any] = answer_figures(made, answers(out, made))
     figures |= {"scenes": count, "seed": UNSEEN_SEED + 1, "parameters": parameters(learner.model)}
     for stage in (Learner(learner.work, "tower", 1, learner.vqvae), learner):
-        figures |= {f"{stage.path.stem}: pictures": stage.seen.value, f"{stage.path.stem}: minutes": stage.spent.value}
+        figures |= {
+            f"{stage.path.stem}: pictures": stage.seen.value,
+            f"{stage.path.stem}: minutes": round(stage.spent.value),
+        }
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -359,7 +365,7 @@ def measure(learner: Learner, count: int, out: Path = WEIGHTS) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where scenes and checkpoints go")
-    parser.add_argument("--tower-minutes", type=float, default=60, help="for the tower alone")
+    parser.add_argument("--tower-minutes", type=float, default=40, help="for the tower alone")
     parser.add_argument("--minutes", type=float, default=120, help="for the whole model")
     parser.add_argument("--unseen", type=int, default=200, help="scenes to measure on")
     parser.add_argument("--further", type=int, metavar="SEED", help="go on from the weights that are there")
