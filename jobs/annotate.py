@@ -15,8 +15,8 @@ from rich.console import Console
 
 from shardsight import lineup
 from shardsight.coverage import Coverage
-from shardsight.models import ModelError, ModelInfo
-from shardsight.paligemma.model import PaliGemmaInfo
+from shardsight.lineup import Lineup
+from shardsight.models import ModelError
 from shardsight.progress import Progress, summary
 from shardsight.records import STAGES
 from shardsight.results import Results, Written, lock
@@ -86,7 +86,7 @@ def annotate(settings: Settings) -> int:
     return _conclude(job, results, settings)
 
 
-def _what_is_there(results: Results, settings: Settings, models: dict[str, ModelInfo | PaliGemmaInfo]) -> Coverage:
+def _what_is_there(results: Results, settings: Settings, models: Lineup) -> Coverage:
     """What an earlier run of the same job left, after what --overwrite and --retry-errors take away."""
     if settings.overwrite:
         results.clear()
@@ -117,7 +117,7 @@ def _pass(
     done: Coverage,
     listing: Listing,
     settings: Settings,
-    models: dict[str, ModelInfo | PaliGemmaInfo],
+    models: Lineup,
     results: Results,
     stages: dict[str, Counter[str]],
 ) -> None:

@@ -306,10 +306,10 @@ def _row(table: pa.Table) -> dict[str, Any]:
 
 
 def _without_error(table: pa.Table) -> pa.Table:
+    if not table["error"][0].is_valid:
+        return table
     row = _row(table)
     error = row["error"]
-    if error is None:
-        return table
     foreseen = error["stage"] == "decode" or error["type"] == "PromptTooLong"
     raise Problem(_STATUS.get(error["type"], 422 if foreseen else 500), error["message"], row=row)
 

@@ -29,7 +29,8 @@ class Detector:
         self.model = Yolo(**arguments)
         self.sizes = metrics.Histogram("shardsight_yolo_batch", "Pictures of a batch", BATCHES)
         self.seconds = metrics.Histogram("shardsight_yolo_seconds", "The model's time for a batch", SECONDS)
-        self.compute(_nothing(), [])  # what is made on first use is made now
+        if self.model.compiles:
+            _ = self.model.compiled  # made on first use, which is to be now
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
     async def __call__(self, tables: list[pa.Table], thresholds: list[Thresholds]) -> list[pa.Table]:
@@ -44,10 +45,9 @@ class Detector:
                 found[index] = rows.slice(row, 1)
         return found
 
-    def compute(self, table: pa.Table, thresholds: Any) -> pa.Table:
+    def compute(self, table: pa.Table, thresholds: Thresholds) -> pa.Table:
         started = time.perf_counter()
-        if thresholds:
-            self.model.set_thresholds(*thresholds)
+        self.model.set_thresholds(*thresholds)
         rows = self.model(table)
         self.sizes.observe(len(table))
         self.seconds.observe(time.perf_counter() - started)
@@ -95,27 +95,22 @@ class Speaker:
         future = self.model.ask(frame, prompt, max_tokens, temperature, hear)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
         decode = self.model.vocabulary.decode
+        tokens: list[str] = []
+
+        def said(generated: Any) -> dict[str, Any]:
+            tokens.extend(decode([token]) for token in generated.ids[len(tokens) :])
+            text = decode(generated.ids).strip()
+            return {"text": text, "tokens": tokens, "logprobs": generated.logprobs, "finish_reason": None}
+
         try:
             while (generated := await heard.get()) is not None:
-                yield self._said(generated, decode, None)
+                yield said(generated)
             done = future.result()
             self.tokens.inc(len(done.ids))
             used = self.model.info.image_tokens + 1 + len(self.model.encoded[prompt.text])
-            yield self._said(done, decode, done.finish_reason) | {"prompt_tokens": used}
+            yield said(done) | {"finish_reason": done.finish_reason, "prompt_tokens": used}
         except ModelDied as error:
             self.dead = str(error)
             raise
         finally:
             future.cancel()
-
-    @staticmethod
-    def _said(generated: Any, decode: Any, finish_reason: str | None) -> dict[str, Any]:
-        tokens = [decode([token]) for token in generated.ids]
-        said = {"text": decode(generated.ids).strip(), "tokens": tokens, "logprobs": generated.logprobs}
-        return said | {"finish_reason": finish_reason}
-
-
-def _nothing() -> pa.Table:
-    from shardsight.load import TABLE
-
-    return TABLE.empty_table()

@@ -31,6 +31,12 @@ class ModelInfo:
     sha256: str
 
 
+def computes_bf16() -> bool:
+    """Whether this machine's CPU does."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
 def inspect(path: str, imgsz: int | list[int] | None = None) -> ModelInfo:
     """Load a YOLO model once, in a process of its own, and tell what it is. Raises ModelError."""
     if not Path(path).exists():

@@ -36,7 +36,7 @@ from ultralytics.engine.results import Results
 from ultralytics.utils import SETTINGS, nms
 
 from shardsight.letterbox import Box, CentreCrop, Letterbox
-from shardsight.models import ModelError, ModelInfo
+from shardsight.models import ModelError, ModelInfo, computes_bf16
 from shardsight.records import CLASS, DETECTION, ERROR, Failure, frames_of, with_column, without_frames
 
 if TYPE_CHECKING:
@@ -259,8 +259,7 @@ def _original_mask(mask: np.ndarray, row: dict[str, Any], box: Box) -> dict[str,
 def _dtype(precision: str, cuda: bool) -> torch.dtype:
     """auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
     if precision == "auto":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        precision = "fp16" if cuda else "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
+        precision = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -33,6 +33,7 @@ from shardsight.demo.paligemma_tower import PATCH, Probe, augment, targets
 from shardsight.demo.scenes import scenes
 from shardsight.demo.score import answer_figures
 from shardsight.demo.train_masks import train_masks
+from shardsight.models import computes_bf16
 from shardsight.paligemma.masks import MaskEncoder
 
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
@@ -40,7 +41,7 @@ SHARDS = 80  # of 250 scenes
 BATCH = 8  # pictures
 TALKS = 4  # pictures, of a dozen questions each
 # Matrices in bf16 where the CPU computes in it: half the time.
-HALVES = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+HALVES = computes_bf16()
 WEIGHTS, VQVAE = Path(__file__).parent / "weights" / "paligemma", "vae-oid.npz"
 
 

@@ -31,7 +31,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from shardsight.models import ModelDied, ModelError
+from shardsight.models import ModelDied, ModelError, computes_bf16
 from shardsight.paligemma.masks import MaskDecoder, paste
 from shardsight.paligemma.model import fits, inspect, shapes
 from shardsight.paligemma.plugin import loaded
@@ -435,5 +435,4 @@ def _adapter(folder: str) -> tuple[str, int, bool]:
 
 def _precision(cuda: bool) -> str:
     """fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "fp16" if cuda else "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
+    return "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
