@@ -8,7 +8,7 @@ BIN = .venv/bin
 # would compile all that it imports: half a minute for vLLM instead of ten seconds.
 INSTALL = --constraint requirements.lock --compile-bytecode --editable
 
-.PHONY: install demo serve test browser chaos bench accuracy tokens lint lock clean
+.PHONY: install demo serve test browser chaos bench bench-install load accuracy tokens lint lock clean
 
 install: .venv/installed
 
@@ -30,9 +30,15 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Ours and the peers on the same work; for half an hour nothing else should run on the machine.
-bench: install
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) '.[$(EXTRA),dev,bench]'
+bench: bench-install
 	$(BIN)/python -m benchmarks.throughput --record
+
+# The service under load: closed loops, and two minutes of twice what it can.
+load: bench-install
+	$(BIN)/python -m benchmarks.service --record
+
+bench-install: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) '.[$(EXTRA),dev,bench]'
 
 # The service's page in a browser. Debian: apt-get install chromium-headless-shell.
 browser: install

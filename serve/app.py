@@ -41,6 +41,9 @@ from shardsight.settings import Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
 
+# Read by Serve's proxies, where Ray is started from here.
+os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.safety:outside")
+
 PAGE = Path(__file__).parent / "page"
 PICTURES_FIELD = "image"
 # What decoding says of what is no picture at all, and of one that is too large; all else is damaged.
@@ -123,6 +126,7 @@ def app(arguments: Arguments) -> serve.Application:
             max_queued_requests=arguments.room,
             health_check_period_s=2,
             graceful_shutdown_timeout_s=arguments.deadline,
+            max_surge_percent=100,
             autoscaling_config={"min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": 32},
             ray_actor_options={"num_cpus": 0 if arguments.gpus else 0.5, "num_gpus": arguments.gpus},
         ).bind(own | {"threads": threads})
@@ -134,6 +138,7 @@ def app(arguments: Arguments) -> serve.Application:
     max_ongoing_requests=1000,
     health_check_period_s=2,
     graceful_shutdown_timeout_s=60,
+    max_surge_percent=100,  # in an update the new one comes before the old one goes
     ray_actor_options={"num_cpus": 0},
 )
 @serve.ingress()

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ray.util import metrics
+from starlette.middleware import Middleware
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -193,6 +194,56 @@ class _Call:
         start = {"type": "http.response.start", "status": problem.status}
         await self.send(start | {"headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
         await self.send({"type": "http.response.body", "body": body})
+
+
+class Outside:
+    """ASGI middleware around Serve's proxy, which answers for a Door that has died with nothing at all, and for one
+    that is not there in words of its own. Here it is a problem as any other."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+        theirs: int | None = None  # the status of what is not passed on
+
+        async def sent(message: Message) -> None:
+            nonlocal started, theirs
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                if message["status"] >= 400 and kind.startswith(b"text/plain"):
+                    theirs = message["status"]
+                started = theirs is None
+            if theirs is None:
+                await send(message)
+
+        await self.app(scope, receive, sent)
+        if not started:
+            for message in _in_our_words(scope, theirs):
+                await send(message)
+
+
+def _in_our_words(scope: Scope, status: int | None) -> list[Message]:
+    if status == 404:
+        problem = Problem(404, "nothing is served here")
+    elif status == 408:
+        problem = Problem(408, "the request did not arrive in time")
+    else:
+        problem = Problem(503, "the service has just failed, or is starting: try again", after=5)
+    asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    body = json.dumps(problem.body(scope["path"], asked)).encode()
+    headers = HEADERS | problem.headers() | {"content-length": str(len(body)), "x-request-id": asked}
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    head = {"type": "http.response.start", "status": problem.status, "headers": raw}
+    return [head, {"type": "http.response.body", "body": body}]
+
+
+def outside() -> list[Middleware]:
+    """What Serve's proxies call at their start: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    return [Middleware(Outside)]
 
 
 def _is_here(scope: Scope, host: str) -> bool:

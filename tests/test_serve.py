@@ -92,15 +92,15 @@ def test_same_row_as_the_job(ask: httpx.Client, inputs: list[tuple[str, bytes]],
     assert len(served) == len(rows) == len(inputs)
     for (name, _), row in zip(inputs, served, strict=True):
         mine = {"id": row["id"], "uri": row["uri"]}  # the name as the client wrote it, a quote as %22
-        assert _rounded(row) == _rounded(rows[name] | mine), name
+        assert rounded(row) == rounded(rows[name] | mine), name
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Scores of PaliGemma's tokens vary in the sixth place with what else is in the batch."""
     if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
+        return {name: rounded(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_rounded(part) for part in value]
+        return [rounded(part) for part in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -183,8 +183,9 @@ def _print_another(image: np.ndarray, readable: list[tuple[str, Any]], rng: np.r
 
 
 def targets(drawn: Drawn, readable: list[tuple[str, Any]]) -> dict[str, np.ndarray]:
-    """What each patch should answer: int64 (GRID²,); float32 `letters` (GRID², 26), `box` (GRID², 4), `outline`
-    (GRID², CELLS²), which of its cells are its shape's, and `ink` (GRID², INK_CELLS²), which have print in them."""
+    """What each patch should answer: int64 (GRID²,), with `owner`, its shape's number or -1; float32 `letters` (GRID²,
+    26), `box` (GRID², 4), `outline` (GRID², CELLS²), which of its cells are its shape's, and `ink` (GRID², INK_CELLS²),
+    which have print in them."""
     blocks = _blocks(drawn)
     owner = _owners(drawn, blocks)
     owned = owner >= 0
@@ -213,6 +214,7 @@ def targets(drawn: Drawn, readable: list[tuple[str, Any]]) -> dict[str, np.ndarr
     for shape in shapes:
         found["centre"][_patch((shape.box[0] + shape.box[2]) / 2, (shape.box[1] + shape.box[3]) / 2)] = 1
     found["box"] = np.array([shape.box for shape in shapes], np.float32)[owner]
+    found["owner"] = owner.astype(np.int64)
     found["outline"] = ((blocks == owner[:, None] + 1) & owned[:, None]).astype(np.float32)
     found["ink"] = _ink(readable)
     found["word here"], found["letters"] = _words(readable)

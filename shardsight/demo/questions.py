@@ -51,13 +51,13 @@ def seen(scene: Scene) -> list[Seen]:
 
 
 def caption(shapes: Sequence[Seen]) -> tuple[str, str]:
-    largest = max(shapes, key=lambda shape: shape.area)
+    largest = _largest(shapes)
     says = f" that says {largest.word}" if largest.word else ""
     return "caption en", f"{_a(largest.colour)} {largest.kind}{says}"
 
 
 def ocr(shapes: Sequence[Seen]) -> tuple[str, str]:
-    return "ocr", " ".join(shape.word for shape in sorted(shapes, key=lambda one: one.centre[1]) if shape.word)
+    return "ocr", " ".join(str(shape.word) for shape in _spoken(shapes))
 
 
 def ask(shapes: Sequence[Seen], about: str, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -103,6 +103,25 @@ def _question(shapes: Sequence[Seen], about: str, rng: np.random.Generator) -> s
         one = _pick(with_word, rng)
         return f"what word is on the {one.colour} {one.kind}"
     raise ValueError(f"no question is about {about!r}: expected one of {', '.join(QUESTIONS)}")
+
+
+def about(prefix: str, shapes: Sequence[Seen]) -> list[Seen]:
+    """The shapes that an answer names, in its order; empty where it is about all of them, as a number is."""
+    form, *rest = prefix.split()
+    if form == "caption":
+        return [_largest(shapes)]
+    if form == "ocr":
+        return _spoken(shapes)
+    if form in ("detect", "segment"):
+        return [shape for shape in downwards(shapes) if shape.kind in rest]
+    match rest[1:]:
+        case ["what", "colour", "is", "the", kind]:
+            return [shape for shape in shapes if shape.kind == kind]
+        case ["what", "shape", "is", colour]:
+            return [shape for shape in shapes if shape.colour == colour]
+        case ["what", "word", "is", "on", "the", colour, kind]:
+            return [shape for shape in shapes if (shape.colour, shape.kind) == (colour, kind)][:1]
+    return []
 
 
 def expected(prompt: str, shapes: Sequence[Seen]) -> str | None:
@@ -174,6 +193,14 @@ def questions(
 
 def plural(kind: str) -> str:
     return kind + ("es" if kind.endswith("s") else "s")
+
+
+def _largest(shapes: Iterable[Seen]) -> Seen:
+    return max(shapes, key=lambda shape: shape.area)
+
+
+def _spoken(shapes: Iterable[Seen]) -> list[Seen]:
+    return sorted((shape for shape in shapes if shape.word), key=lambda shape: shape.centre[1])
 
 
 def _a(noun: str) -> str:

@@ -28,8 +28,9 @@ from shardsight.demo.paligemma_answers import answers
 from shardsight.demo.paligemma_data import Drawn, Shards, draw_shards
 from shardsight.demo.paligemma_model import build, parameters, processor, tokenizer
 from shardsight.demo.paligemma_start import READ, reading_losses, start_projector, start_tower, told
-from shardsight.demo.paligemma_talk import PARTS, Teacher, Writer, collate, conversation, pack, words
+from shardsight.demo.paligemma_talk import WORTH, Teacher, Writer, collate, conversation, pack
 from shardsight.demo.paligemma_tower import PATCH, Probe, augment, targets
+from shardsight.demo.questions import about
 from shardsight.demo.scenes import scenes
 from shardsight.demo.score import answer_figures
 from shardsight.demo.train_masks import train_masks
@@ -39,6 +40,7 @@ from shardsight.paligemma.masks import MaskEncoder
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
 SHARDS = 80  # of 250 scenes
 BATCH = 8  # pictures
+FREE = float(os.environ.get("FREE", "0.6"))
 TALKS = 4  # pictures, of a dozen questions each
 # Matrices in bf16 where the CPU computes in it: half the time.
 HALVES = computes_bf16()
@@ -236,21 +238,21 @@ def train_words(learner: Learner, rank: int) -> None:
     for step in steps(learner, rank, optimizer, TALKS):
         images, wanted, packed, alone = next(talks)
         # What a decoder wants that has learnt nothing yet would undo what the tower has learnt.
-        alone_first = learner.part < 0.9
+        alone_first = learner.part < FREE
         with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
             with torch.set_grad_enabled(not alone_first):
                 features = tower(pixels(images)).last_hidden_state
             projected = projector(features)
-            losses = teacher(projected, packed, alone=False)
-        loss = sum(PARTS[name] * value for name, value in losses.items())
+            losses = teacher(projected, packed, wanted["owner"], alone=False)
+        loss = sum(WORTH[name] * value for name, value in losses.items())
         dense: dict[str, torch.Tensor] = {}
         if not alone_first:
             dense = probe.losses(features.float(), wanted, locations)
             loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
-        if step % 3 == 0 and learner.part > 0.3:
+        if step % 3 == 0:
             with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
-                each = teacher(projected, alone, alone=True)
-            loss = loss + 0.5 * sum(PARTS[name] * value for name, value in each.items())
+                each = teacher(projected, alone, wanted["owner"], alone=True)
+            loss = loss + 0.5 * sum(WORTH[name] * value for name, value in each.items())
             losses |= {f"{name} alone": value for name, value in each.items()}
         before = locations.clone()
         _descend(optimizer, loss)
@@ -280,10 +282,11 @@ def _talks(
         for start in range(0, len(order) - TALKS + 1, TALKS):
             numbers = [int(number) for number in order[start : start + TALKS]]
             changed = [augment(shards[number], rng, words=False) for number in numbers]
-            # Lists of boxes are long, and would drown what is to be learnt first: to look at one shape.
-            forms = conversation if learner.part > 0.3 else words
             written = [
-                [writer.write(*pair) for pair in forms(drawn, encoder.encode(drawn.masks / 255), rng)]
+                [
+                    writer.write(prefix, suffix, [drawn.shapes.index(one) for one in about(prefix, drawn.shapes)])
+                    for prefix, suffix in conversation(drawn, encoder.encode(drawn.masks / 255), rng)
+                ]
                 for drawn, _ in changed
             ]
             alone = [pack([one[rng.integers(len(one))]]) for one in written]
