@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from serve import chat, tensors
 from serve.replicas import Detector, Speaker
-from serve.safety import Guard, Problem, digest
+from serve.safety import MOST_BYTES, Guard, Problem, digest
 from shardsight import lineup
 from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
@@ -54,7 +54,7 @@ T = TypeVar("T")
 class Arguments(Models):
     """What `serve run` and config.yaml may set, besides the models and how they look at a picture."""
 
-    max_bytes: int = Field(20 << 20, ge=1, description="most of a request's body")
+    max_bytes: int = Field(20 << 20, ge=1, le=MOST_BYTES, description="most of a request's body")
     max_pixels: int = Field(50_000_000, ge=1, description="most of a picture, checked before it is decoded")
     deadline: float = Field(60, gt=0, description="seconds, for the request to come and the answer to go")
     room: int = Field(128, ge=1, description="requests that are worked on at once; further ones get 429")
@@ -106,7 +106,10 @@ class Options(BaseModel):
 class Body(Options):
     """A picture by name, as JSON."""
 
-    image: str = Field(description="a data: uri with the encoded picture, or an s3:// uri under an allowed prefix")
+    image: str = Field(
+        description="a data: uri with the encoded picture, or an s3:// uri under an allowed prefix",
+        examples=[chat.EXAMPLE],
+    )
 
 
 def app(arguments: Arguments) -> serve.Application:
@@ -230,14 +233,17 @@ class Door:
         plain = is_remote(image) and not any(part in (".", "..") for part in image.split("/"))
         if not (plain and image.startswith(tuple(self.arguments.allowed_prefixes))):
             raise Problem(422, "image: expected a data: uri, or an s3:// uri under a prefix that this server allows")
+        most = self.arguments.max_bytes
         try:
-            if await asyncio.to_thread(self.storage.size, image) > self.arguments.max_bytes:
-                raise Problem(413, f"at most {self.arguments.max_bytes:,} bytes are read")
-            return image, await asyncio.to_thread(self.storage.read, image)
+            size = await asyncio.to_thread(self.storage.size, image)
+            picture = await asyncio.to_thread(self.storage.read, image) if size <= most else b""
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise Problem(422, "there is no picture of that name that this server may read") from None
-        except OSError:
+        except Exception:  # botocore's are of no kind that tells them apart
             raise Problem(503, "the store of the picture cannot be reached", after=5) from None
+        if size > most:
+            raise Problem(413, f"at most {most:,} bytes are read")
+        return image, picture
 
     async def loaded(self, name: str, data: bytes, models: Lineup, on: str = "image") -> pa.Table:
         """Encoded bytes → a table of one row with its frame, as the job makes it. Raises Problem."""

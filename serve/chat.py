@@ -4,9 +4,9 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Path
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from serve.app import Door
 
 STARTED = int(time.time())
+# A grey picture, for /docs to try with.
+EXAMPLE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwCAAAAACEICPDAAAAJ0lEQVR42u3MMREAAAgEoNfkRjeEmwcBqMlNRyAQCAQC"
+    "gUAgEDwNFm0oAOBnO1pYAAAAAElFTkSuQmCC"
+)
 
 
 class ImageUrl(BaseModel):
@@ -40,14 +45,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+_ASKED = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": EXAMPLE}}]
+_QUESTION = [{"role": "user", "content": _ASKED}]
+
+
 class Completion(BaseModel):
     """What clients send that has no meaning for PaliGemma, as `user`, is ignored; what would change the answer and
     cannot be done is refused."""
 
     model_config = ConfigDict(extra="ignore")
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    model: str = Field(examples=["paligemma"])
+    messages: list[ChatMessage] = Field(min_length=1, examples=[_QUESTION])
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -73,7 +82,7 @@ def add(api: FastAPI, door: "Door") -> None:
         return {"object": "list", "data": [_model(name) for name in listed]}
 
     @api.get("/v1/models/{name}", summary="One of them")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: Annotated[str, Path(examples=["paligemma"])]) -> dict[str, Any]:
         known(name)
         return _model(name)
 

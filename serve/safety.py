@@ -24,6 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 log = logging.getLogger("shardsight.access")
 
+MOST_BYTES = 64 << 20  # of any request's body
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -197,8 +198,12 @@ class _Call:
 
 
 class Outside:
-    """ASGI middleware around Serve's proxy, which answers for a Door that has died with nothing at all, and for one
-    that is not there in words of its own. Here it is a problem as any other."""
+    """ASGI middleware around Serve's proxy.
+
+    That answers for a Door that has died with nothing at all, and for one that is not there in words of its own: here
+    it is a problem as any other. And it reads a body as fast as it comes, however long, until the Door's refusal is
+    back: MOST_BYTES is the end.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -207,20 +212,29 @@ class Outside:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started, received = False, 0
         theirs: int | None = None  # the status of what is not passed on
+
+        async def heard() -> Message:
+            nonlocal received, theirs
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BYTES:
+                theirs = theirs or 413
+                return {"type": "http.disconnect"}
+            return message
 
         async def sent(message: Message) -> None:
             nonlocal started, theirs
             if message["type"] == "http.response.start":
                 kind = dict(message["headers"]).get(b"content-type", b"")
                 if message["status"] >= 400 and kind.startswith(b"text/plain"):
-                    theirs = message["status"]
+                    theirs = theirs or message["status"]
                 started = theirs is None
             if theirs is None:
                 await send(message)
 
-        await self.app(scope, receive, sent)
+        await self.app(scope, heard, sent)
         if not started:
             for message in _in_our_words(scope, theirs):
                 await send(message)
@@ -231,11 +245,14 @@ def _in_our_words(scope: Scope, status: int | None) -> list[Message]:
         problem = Problem(404, "nothing is served here")
     elif status == 408:
         problem = Problem(408, "the request did not arrive in time")
+    elif status == 413:
+        problem = Problem(413, f"at most {MOST_BYTES:,} bytes are read")
     else:
         problem = Problem(503, "the service has just failed, or is starting: try again", after=5)
     asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     body = json.dumps(problem.body(scope["path"], asked)).encode()
     headers = HEADERS | problem.headers() | {"content-length": str(len(body)), "x-request-id": asked}
+    headers["connection"] = "close"  # there may be more to come, that nobody reads
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     head = {"type": "http.response.start", "status": problem.status, "headers": raw}
     return [head, {"type": "http.response.body", "body": body}]

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from serve.chat import EXAMPLE
 from serve.safety import Problem
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ class Tensor(BaseModel):
     parameters: dict[str, Any] = {}
 
 
+_ASKED = [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE.partition(",")[2]]}]
+
+
 class Inference(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     id: str | None = None
-    inputs: list[Tensor] = Field(min_length=1, max_length=1)
+    inputs: list[Tensor] = Field(min_length=1, max_length=1, examples=[_ASKED])
     outputs: list[Tensor] = []
     parameters: dict[str, Any] = {}
 
@@ -82,8 +86,11 @@ def add(api: FastAPI, door: "Door") -> None:
     async def model_ready() -> dict[str, Any]:
         return {"name": "yolo", "ready": True}
 
-    schema = {"schema": Inference.model_json_schema(ref_template="#/components/schemas/{model}")}
-    content = {"application/json": schema, "application/octet-stream": {"schema": {"type": "string"}}}
+    schema = Inference.model_json_schema()
+    tensor = schema.pop("$defs")["Tensor"]  # a reference to which would be looked for in the whole document
+    for name in ("inputs", "outputs"):
+        schema["properties"][name]["items"] = tensor
+    content = {"application/json": {"schema": schema}, "application/octet-stream": {"schema": {"type": "string"}}}
 
     @api.post(
         "/v2/models/yolo/infer",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
 OPTIONS = ("anon", "endpoint_url", "key", "profile", "region_name", "requester_pays", "secret", "token")
 CHUNK = 8 << 20  # of a remote file read in order: large enough to be fast, small enough to ask again
 PATIENCE = 300.0  # seconds that a store may be away in the middle of a job
+
+
+def _without_redirects() -> type:
+    """aiohttp follows a store's redirect wherever it leads, which botocore itself does not; and botocore asks without
+    end what region is meant, where the redirect does not say so."""
+    from aiobotocore.httpsession import AIOHTTPSession
+
+    class Session(AIOHTTPSession):  # type: ignore[misc]
+        async def _get_session(self, proxy_url: str | None) -> Any:
+            session = await super()._get_session(proxy_url)
+
+            async def request(*args: Any, **kwargs: Any) -> Any:
+                response = await session.request(*args, allow_redirects=False, **kwargs)
+                if response.status in (301, 302, 303, 307, 308) and "x-amz-bucket-region" not in response.headers:
+                    response.close()
+                    raise ConnectionError("the store sends us to another address, where nobody is asked")
+                return response
+
+            return SimpleNamespace(request=request)
+
+    return Session
 
 
 class StorageError(Exception):
@@ -42,6 +64,7 @@ class Storage:
             **{"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 64},
             **{"retries": {"max_attempts": 3}},
             **{"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"},
+            "http_session_cls": _without_redirects(),
         }
         return s3fs.S3FileSystem(
             **options,

@@ -1,5 +1,6 @@
 """One Ray, one S3 server and one set of made-up scenes for all tests."""
 
+import http.server
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -116,6 +118,36 @@ class S3:
     def bucket(self, name: str) -> Path:
         (self.folder / name).mkdir(exist_ok=True)
         return self.folder / name
+
+
+class Listener:
+    """A server that counts who comes. answer: what it says to all."""
+
+    def __init__(self, status: int = 200, location: str = "") -> None:
+        self.heard: list[str] = []
+        listener = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                listener.heard.append(self.path)
+                self.send_response(status)
+                if location:
+                    self.send_header("Location", location)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_PUT = do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shardsight.storage import Storage
-from tests.conftest import S3, S3_KEY, S3_SECRET, job_of, rows_of, write_tar
+from tests.conftest import S3, S3_KEY, S3_SECRET, Listener, job_of, rows_of, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
 
@@ -74,3 +74,15 @@ def test_large_files_are_read_by_ranges(s3: S3, monkeypatch: pytest.MonkeyPatch)
         assert file.read(10) == data[500_000:500_010]
         file.seek(-5, 2)
         assert file.read() == data[-5:]
+
+
+def test_a_store_sends_nobody_elsewhere() -> None:
+    """A redirect is the store's failure: what it points to is not asked."""
+    elsewhere = Listener()
+    store = Listener(307, elsewhere.url + "/stolen")
+    options = {"endpoint_url": store.url, "key": S3_KEY, "secret": S3_SECRET}
+    with pytest.raises(Exception, match="another address"):
+        Storage(options, patience=0).read("s3://bucket/a.jpg")
+    assert store.heard and not elsewhere.heard
+    store.close()
+    elsewhere.close()

@@ -23,8 +23,10 @@ BIN = Path(sys.executable).parent
 
 
 class Service:
-    def __init__(self, head: subprocess.Popen[bytes], folder: Path, dashboard: str, url: str) -> None:
-        self.head, self.folder, self.dashboard, self.url = head, folder, dashboard, url
+    """metrics: where Prometheus is to scrape them."""
+
+    def __init__(self, head: subprocess.Popen[bytes], folder: Path, dashboard: str, url: str, metrics: str) -> None:
+        self.head, self.folder, self.dashboard, self.url, self.metrics = head, folder, dashboard, url, metrics
 
     def deploy(self, **arguments: Any) -> None:
         """serve/config.yaml with these arguments; returns as `serve deploy` does, before it is done."""
@@ -76,8 +78,9 @@ def within(seconds: float, true: Callable[[], Any], told: Callable[[], Any] = st
 @contextmanager
 def running(folder: Path, **arguments: Any) -> Iterator[Service]:
     """A cluster of two CPUs with the service on it."""
-    dashboard, url = free_port(), f"http://127.0.0.1:{free_port()}"
+    dashboard, metrics, url = free_port(), free_port(), f"http://127.0.0.1:{free_port()}"
     ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+    ports.append(f"--metrics-export-port={metrics}")
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.safety:outside"}
     environment.pop("RAY_ADDRESS", None)
@@ -89,7 +92,7 @@ def running(folder: Path, **arguments: Any) -> Iterator[Service]:
     )
     before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     os.environ |= {name: environment[name] for name in before}  # for the commands that ask it
-    service = Service(head, folder, f"http://127.0.0.1:{dashboard}", url)
+    service = Service(head, folder, f"http://127.0.0.1:{dashboard}", url, f"http://127.0.0.1:{metrics}/metrics")
     try:
         within(60, lambda: _answers(service.dashboard), lambda: "the dashboard does not come up")
         service.deploy(**arguments)

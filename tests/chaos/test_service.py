@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from shardsight.demo.scenes import scenes
 from shardsight.demo.writers import jpeg
 from tests.chaos.service import Crowd, Service, pictures, running, within
-from tests.conftest import PHOTOGRAPHS, WEIGHTS, rows_of, start_job
+from tests.conftest import PHOTOGRAPHS, ROOT, WEIGHTS, rows_of, start_job
 from tests.test_annotate import mixed_inputs
 from tests.test_serve import rounded
 
@@ -47,6 +48,19 @@ def test_killed_replicas(service: Service, jpegs: list[bytes], victim: str) -> N
     for one in crowd.failed:
         assert "application" not in one.text and "try again" in one.text and "pid" not in one.text
     within(60, lambda: len(service.replicas(victim)) == 1)
+
+
+def test_metrics(service: Service, jpegs: list[bytes]) -> None:
+    """Ray's Prometheus endpoint has all that the Grafana dashboard draws."""
+    service.wait_until_running()
+    drawn = set(re.findall(r"ray_\w+", (ROOT / "serve" / "grafana.json").read_text()))
+    assert len(drawn) > 5
+
+    def missing() -> set[str]:
+        assert pictures(jpegs, "ocr")(httpx.Client(base_url=service.url, timeout=60), 0).status_code == 200
+        return drawn - set(re.findall(r"^(\w+)\{", httpx.get(service.metrics).text, re.M))
+
+    within(60, lambda: not missing(), missing)
 
 
 def test_an_update_under_load(service: Service, jpegs: list[bytes]) -> None:
