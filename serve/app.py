@@ -258,11 +258,11 @@ class Door:
         return next(frames_of(table))[1]
 
     async def speak(
-        self, name: str, frame: np.ndarray, text: str, max_tokens: int, temperature: float
+        self, name: str, frame: np.ndarray, text: str, max_tokens: int, temperature: float, stream: bool
     ) -> AsyncIterator[dict[str, Any]]:
         """As Speaker.speak. Raises Problem."""
         handle = self.handles[name].options(stream=True)
-        response = handle.speak.remote(frame, text, max_tokens, temperature)
+        response = handle.speak.remote(frame, text, max_tokens, temperature, stream)
         try:
             async for said in response:
                 yield said

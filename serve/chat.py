@@ -93,7 +93,7 @@ def add(api: FastAPI, door: "Door") -> None:
         data = (await door.fetch(image))[1]
         frame = await door.frame(data, name)
         most = asked.max_completion_tokens or asked.max_tokens or door.arguments.max_tokens
-        said = door.speak(name, frame, text, most, asked.temperature or 0.0)
+        said = door.speak(name, frame, text, most, asked.temperature or 0.0, asked.stream)
         first = await anext(said)  # what cannot be asked fails here, while the status can still say so
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:

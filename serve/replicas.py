@@ -83,16 +83,17 @@ class Speaker:
             asked.cancel()
 
     async def speak(
-        self, frame: np.ndarray, text: str, max_tokens: int, temperature: float
+        self, frame: np.ndarray, text: str, max_tokens: int, temperature: float, stream: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        """What there is of one answer after each token: `text`, and of all tokens so far `tokens` and `logprobs`."""
+        """What there is of one answer, after each token with `stream`, or at its end: `text`, and of all tokens so far
+        `tokens` and `logprobs`."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Any]()
         prompt = Prompt.of(text)
 
         def hear(generated: Any) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, generated)
 
-        future = self.model.ask(frame, prompt, max_tokens, temperature, hear)
+        future = self.model.ask(frame, prompt, max_tokens, temperature, hear if stream else None)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
         decode = self.model.vocabulary.decode
         tokens: list[str] = []

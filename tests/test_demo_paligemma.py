@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
 
 from shardsight.demo.paligemma_data import SIZE, draw, draw_shards
-from shardsight.demo.paligemma_model import PATCH, build, parameters, processor
-from shardsight.demo.paligemma_talk import PICTURE, Teacher, Writer, collate, pack
+from shardsight.demo.paligemma_model import PATCH, WIDTH, build, parameters, processor
+from shardsight.demo.paligemma_talk import LOOKS, PICTURE, Teacher, Writer, collate, mask_of, pack
 from shardsight.demo.paligemma_tower import GRID, augment, targets
-from shardsight.demo.questions import DETECT_ALL
+from shardsight.demo.questions import DETECT_ALL, about, detect, locations
 from shardsight.demo.scenes import KINDS
 from tests.conftest import WEIGHTS
 
@@ -68,8 +68,9 @@ def test_trained_with_the_mask_of_generate() -> None:
     with torch.no_grad():
         wanted = model(**inputs).loss
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
-        alone = teacher(features, collate([pack([written])]), alone=True)["answer"]
-        unseen = teacher(features, collate([pack([written])]), alone=False)["answer"]
+        nobodys = torch.full((1, PICTURE), -1)
+        alone = teacher(features, collate([pack([written])]), nobodys, alone=True)["answer"]
+        unseen = teacher(features, collate([pack([written])]), nobodys, alone=False)["answer"]
     torch.testing.assert_close(alone, wanted)
     assert abs(unseen - wanted) > 1e-4  # the picture does see the question
     assert inputs["pixel_values"].shape == (1, 3, SIZE, SIZE)
@@ -81,11 +82,49 @@ def test_packed_questions_do_not_see_each_other() -> None:
     writer = Writer(made.tokenizer)
     teacher = Teacher(model, writer.loc0)
     pairs = [writer.write("ocr", "moon kite"), writer.write("caption en", "a red star")]
-    features = torch.randn(1, PICTURE, model.config.text_config.hidden_size)
+    features, nobodys = torch.randn(1, PICTURE, model.config.text_config.hidden_size), torch.full((1, PICTURE), -1)
     with torch.no_grad():
-        together = teacher(features, collate([pack(pairs)]), alone=False)
+        together = teacher(features, collate([pack(pairs)]), nobodys, alone=False)
         for name, pair in zip(("ocr", "caption"), pairs, strict=True):
-            torch.testing.assert_close(together[name], teacher(features, collate([pack([pair])]), alone=False)[name])
+            apart = teacher(features, collate([pack([pair])]), nobodys, alone=False)
+            torch.testing.assert_close(together[name], apart[name])
+
+
+def test_where_to_look() -> None:
+    """Each token of an answer belongs to the shape that it names, and the loss is the attention that it lacks."""
+    made, drawn = processor(), draw(0, 5)
+    writer, shapes = Writer(made.tokenizer), drawn.shapes
+    prefix, suffix = detect(shapes)
+    numbers = [shapes.index(one) for one in about(prefix, shapes)]
+    written = writer.write(prefix, suffix, numbers)
+    pairs = zip(written.looks, written.labels, strict=True)
+    said = [(look, made.tokenizer.decode([label]).strip()) for look, label in pairs if label >= 0]
+    assert [shapes[look].kind for look, word in said if word in KINDS] == [one.kind for one in about(prefix, shapes)]
+    located = [word for look, word in said if look == numbers[0] and word.startswith("<loc")]
+    assert "".join(located) == locations(shapes[numbers[0]].box) and said[-1] == (-1, "<eos>")
+
+    torch.manual_seed(0)
+    model = build().eval()
+    eager = build().eval()
+    eager.load_state_dict(model.state_dict())
+    eager.set_attn_implementation("eager")
+    owner = torch.from_numpy(targets(drawn, [])["owner"])[None]
+    features, batch = torch.randn(1, PICTURE, WIDTH), collate([pack([written])])
+    with torch.no_grad():
+        loss = Teacher(model, writer.loc0)(features, batch, owner, alone=True)["look"]
+        ids = torch.tensor([written.ids])
+        hidden = torch.cat([features, eager.get_input_embeddings()(ids)], 1)
+        mask = torch.zeros(1, 1, hidden.shape[1], hidden.shape[1])
+        seen = mask_of(batch, alone=True)
+        mask.masked_fill_(~seen, torch.finfo(torch.float32).min)
+        places = torch.arange(hidden.shape[1])[None] + 1
+        gemma = eager.model.language_model
+        attention = gemma(inputs_embeds=hidden, attention_mask=mask, position_ids=places, output_attentions=True)
+        heads = attention.attentions[LOOKS][0, ::2, PICTURE:, :PICTURE]
+    looks = torch.tensor(written.looks)
+    there = looks >= 0
+    right = (heads * (owner[0] == looks[:, None])).sum(-1)[:, there]
+    torch.testing.assert_close(loss, -right.log().mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_what_patches_are_asked_is_true() -> None:

@@ -9,6 +9,7 @@ from shardsight.demo.questions import (
     DETECT_ALL,
     QUESTIONS,
     Seen,
+    about,
     ask,
     bins,
     caption,
@@ -28,6 +29,18 @@ SHAPES = [
     Seen("circle", "orange", "moon", (0.1, 0.2, 0.3, 0.4), (0.2, 0.3)),
     Seen("circle", "blue", "kite", (0.6, 0.1, 0.7, 0.2), (0.65, 0.15)),
 ]
+
+
+def test_which_shapes_an_answer_names() -> None:
+    star, orange, blue = SHAPES
+    assert about("caption en", SHAPES) == [star]
+    assert about("ocr", SHAPES) == [blue, orange]
+    assert about("detect circle ; star", SHAPES) == [blue, orange, star]
+    assert about("segment circle", SHAPES) == [blue, orange]
+    assert about("answer en what colour is the star", SHAPES) == [star]
+    assert about("answer en what shape is blue", SHAPES) == [blue]
+    assert about("answer en what word is on the orange circle", SHAPES) == [orange]
+    assert about("answer en how many circles are there", SHAPES) == []
 
 
 def test_the_forms() -> None:
@@ -76,10 +89,10 @@ def test_questions_of_scenes(some_scenes: list[Scene]) -> None:
         assert forms == ["caption", "ocr", "answer", "answer", "detect", "segment"]
         assert all(expected(prefix, shapes) == suffix for prefix, suffix in pairs[:4])
         assert pairs[4][1].count("<loc") == 4 * len(shapes) and pairs[5][1].count("<seg") >= 16
-        for about in QUESTIONS:
-            pair = ask(shapes, about, rng)
+        for topic in QUESTIONS:
+            pair = ask(shapes, topic, rng)
             if pair:
-                answers[about].add(pair[1])
+                answers[topic].add(pair[1])
     assert all(len(found) > 1 for found in answers.values())
     with pytest.raises(ValueError, match="weather"):
         ask(SHAPES, "weather", rng)

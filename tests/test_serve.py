@@ -311,3 +311,24 @@ def test_late_work_is_cancelled() -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "client": ("::1", 1)}
     asyncio.run(guard(scope, receive, send))
     assert sent[0]["status"] == 504 and cancelled
+
+
+@pytest.mark.parametrize("says, status", [(None, 503), (503, 503), (404, 404), (413, 413)])
+def test_what_the_proxy_says_of_a_door_that_is_not_there(says: int | None, status: int) -> None:
+    """Nothing, or plain words of its own; and it is read from without an end. Callers get a problem all the same."""
+    from serve.safety import MOST_BYTES, Outside
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if says == 413:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        elif says:
+            kind = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": says, "headers": kind})
+            await send({"type": "http.response.body", "body": b"ActorDiedError: pid=7, ip=10.0.0.1"})
+
+    parts = [bytes(1 << 20)] * ((MOST_BYTES >> 20) + 8)
+    start, body = asyncio.run(_through(Outside(proxy), {"x-request-id": "mine"}, parts))
+    problem = json.loads(body["body"])
+    assert start["status"] == problem["status"] == status and problem["instance"] == "urn:request:mine"
+    assert "pid" not in problem["detail"] and dict(start["headers"])[b"content-type"] == b"application/problem+json"

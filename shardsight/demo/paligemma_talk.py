@@ -143,7 +143,7 @@ class Teacher(nn.Module):  # type: ignore[misc]
         hidden = torch.cat([features, self.model.get_input_embeddings()(batch["ids"])], 1)
         picture = torch.arange(PICTURE).expand(len(features), -1)
         places = torch.cat([picture, PICTURE + batch["place"]], 1) + 1
-        mask = _mask(batch, alone)
+        mask = mask_of(batch, alone)
         out = gemma(inputs_embeds=hidden, attention_mask=mask, position_ids=places, use_cache=False)
         asked = batch["labels"] != -100
         labels, parts = batch["labels"][asked], batch["parts"][asked]
@@ -174,7 +174,7 @@ class Teacher(nn.Module):  # type: ignore[misc]
         return {"look": -seen.logsumexp(-1).mean()} if len(seen) else {}
 
 
-def _mask(batch: dict[str, torch.Tensor], alone: bool) -> torch.Tensor:
+def mask_of(batch: dict[str, torch.Tensor], alone: bool) -> torch.Tensor:
     """bool (n, 1, PICTURE + length, the same): which token (row) sees which (column)."""
     segment, prefix = batch["segment"], batch["prefix"].bool()
     count, length = segment.shape

@@ -40,7 +40,6 @@ from shardsight.paligemma.masks import MaskEncoder
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
 SHARDS = 80  # of 250 scenes
 BATCH = 8  # pictures
-FREE = float(os.environ.get("FREE", "0.6"))
 TALKS = 4  # pictures, of a dozen questions each
 # Matrices in bf16 where the CPU computes in it: half the time.
 HALVES = computes_bf16()
@@ -238,7 +237,7 @@ def train_words(learner: Learner, rank: int) -> None:
     for step in steps(learner, rank, optimizer, TALKS):
         images, wanted, packed, alone = next(talks)
         # What a decoder wants that has learnt nothing yet would undo what the tower has learnt.
-        alone_first = learner.part < FREE
+        alone_first = learner.part < 0.45
         with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
             with torch.set_grad_enabled(not alone_first):
                 features = tower(pixels(images)).last_hidden_state
