@@ -153,7 +153,7 @@ def train_tower(learner: Learner, rank: int) -> None:
         losses = probe.losses(features.float(), wanted, table) | reading_losses(read, wanted)
         sooner = probe.losses(early.float(), wanted, table)
         losses |= {f"{name} sooner": sooner[name] for name in ("kind", "box", "letters")}
-        _descend(optimizer, sum(_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()))
+        _descend(optimizer, _weighed(losses))
         means.add(losses)
         if rank == 0 and step % 100 == 99:
             means.say("tower", learner)
@@ -186,6 +186,10 @@ def _through(
 
 _WEIGHTS = {"order": 0.5, "order of kind": 0.3, "words before": 0.3, "of kind": 0.3, "shapes": 0.3, "largest": 0.5}
 _WEIGHTS |= {"kind sooner": 0.5, "box sooner": 0.5, "letters sooner": 0.5}
+
+
+def _weighed(losses: dict[str, torch.Tensor]) -> Any:
+    return sum(_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
 
 
 def _patches(shards: Shards, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -232,6 +236,7 @@ def train_words(learner: Learner, rank: int) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if learner.averaged is None:
         learner.averaged = {name: value.clone() for name, value in model.state_dict().items()}
+    pictures = _patches(Shards(learner.work / "scenes"), rng)
     talks = _talks(learner, writer, MaskEncoder.load(learner.vqvae), rng)
     locations, means = _locations(model, writer.loc0), Means()
     for step in steps(learner, rank, optimizer, TALKS):
@@ -247,7 +252,12 @@ def train_words(learner: Learner, rank: int) -> None:
         dense: dict[str, torch.Tensor] = {}
         if not alone_first:
             dense = probe.losses(features.float(), wanted, locations)
-            loss = loss + 0.5 * sum(_WEIGHTS.get(name, 1.0) * value for name, value in dense.items())
+            loss = loss + 0.5 * _weighed(dense)
+            if step % 2 == 0:  # scenes have few words, and the tower would forget how to read
+                printed, readable = next(pictures)
+                with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
+                    features = tower(pixels(printed)).last_hidden_state
+                loss = loss + 0.5 * _weighed(probe.losses(features.float(), readable, locations))
         if step % 3 == 0:
             with torch.autocast("cpu", torch.bfloat16, enabled=HALVES):
                 each = teacher(projected, alone, wanted["owner"], alone=True)
