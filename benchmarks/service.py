@@ -23,18 +23,21 @@ from tests.conftest import WEIGHTS
 HERE = Path(__file__).parent
 
 
-def crowd(service: Service, pictures: Path, clients: int, seconds: float, rest: float = 0, prompt: str = "") -> Any:
-    """{status: (requests per second, median, 95th and 99th percentile and longest in ms)}, by locust."""
+def crowd(service: Service, pictures: Path, clients: int, seconds: float, rest: float = 0, **more: Any) -> Any:
+    """{status: (pictures per second, median, 95th and 99th percentile and longest in ms)}, by locust. more: `prompt`,
+    `each`, of benchmarks.crowd."""
     out = service.folder / "crowd"
     command = [sys.executable, "-m", "locust", "--locustfile", Path(__file__).parent / "crowd.py", "--headless"]
     command += ["--host", service.url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds}s"]
     command += ["--csv", out, "--stop-timeout", "60", "--only-summary", "--exit-code-on-error", "0"]
-    environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest), "PROMPT": prompt}
+    environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest)}
+    environment |= {name.upper(): str(value) for name, value in more.items()}
     subprocess.run([*map(str, command)], check=True, capture_output=True, env=environment)
     with open(f"{out}_stats.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["Name"] != "Aggregated"]
-    columns = ("Requests/s", "50%", "95%", "99%", "100%")
-    return {int(row["Name"]): tuple(float(row[name]) for name in columns) for row in rows}
+    latencies = ("50%", "95%", "99%", "100%")
+    rates = {int(row["Name"]): float(row["Requests/s"]) * more.get("each", 1) for row in rows}
+    return {int(row["Name"]): (rates[int(row["Name"])], *(float(row[name]) for name in latencies)) for row in rows}
 
 
 def alone(pictures: Path) -> float:
@@ -51,16 +54,17 @@ def main() -> None:
     parser.add_argument("--open-seconds", type=float, default=120)
     parser.add_argument("--record", action="store_true", help="write the table beside this file")
     args = parser.parse_args()
-    lines = ["| clients | answered/s | of the model alone | median, ms | 95% | 99% | longest | statuses |"]
+    lines = ["| clients | pictures/s | of the model alone | median, ms | 95% | 99% | longest | statuses |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|---|"]
     with tempfile.TemporaryDirectory() as work:
         folder, pictures = Path(work), Path(work) / "pictures"
         make_pictures(pictures, args.pictures)
         own = [alone(pictures)]
-        with running(folder) as service:
+        with running(folder, imgsz=640) as service:
             crowd(service, pictures, 8, 10)  # everything is loaded and warm
             closed = {clients: crowd(service, pictures, clients, args.seconds) for clients in (1, 8, 64)}
             capacity = closed[64][200][0]
+            many = crowd(service, pictures, 8, args.seconds, each=16)
             before = service.memory()
             waiting = math.ceil(2 * capacity) * 4  # enough that one is always free to ask
             overload = crowd(service, pictures, waiting, args.open_seconds, rest=waiting / (2 * capacity))
@@ -70,6 +74,7 @@ def main() -> None:
         own.append(alone(pictures))
     model = statistics.mean(own)
     rows = {f"{clients}": found for clients, found in closed.items()}
+    rows |= {"8, with 16 pictures a request": many}
     rows |= {f"open loop, {2 * capacity:.0f} asked a second": overload, "64, at once afterwards": again}
     rows |= {"64, who ask PaliGemma too": spoken}
     for name, found in rows.items():
@@ -79,7 +84,7 @@ def main() -> None:
         lines.append(f"| {name} | {rate:.1f} | {share} | {' | '.join(f'{x:.0f}' for x in latencies)} | {counts} |")
     said = f"The model alone: {' and '.join(f'{x:.1f}' for x in own)} pictures/s, before and after. Memory of Serve's "
     said += f"processes: {before:,} MB before the open loop, {after:,} MB after."
-    work = f"JPEGs of 1280×720, YOLOv8n at 640, one request a picture, {args.seconds:.0f} s a closed loop"
+    work = f"JPEGs of 1280×720, YOLOv8n at 640, {args.seconds:.0f} s a closed loop"
     table = "\n".join([*lines, "", said, "", conditions(work, ("ray", "locust", "torch")), ""])
     print(table)
     if args.record:

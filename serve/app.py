@@ -30,13 +30,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from serve import chat, tensors
-from serve.replicas import Detector, Speaker
+from serve.replicas import Detector, Speaker, Thresholds, pack, unpack
 from serve.safety import MOST_BYTES, Guard, Problem, digest
 from shardsight import lineup
 from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
 from shardsight.models import ModelDied
-from shardsight.records import ROW, Failure, frames_of
+from shardsight.records import FRAME, ROW, Failure, frames_of
 from shardsight.settings import Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
@@ -60,7 +60,9 @@ class Arguments(Models):
     room: int = Field(128, ge=1, description="requests that are worked on at once; further ones get 429")
     allowed_prefixes: list[str] = Field([], description="s3:// prefixes whose pictures may be asked for by uri")
     gpus: float = Field(0, ge=0, description="of a replica; less than 1 lets replicas share one")
-    replicas: int = Field(4, ge=1, description="of each model, at the most")
+    replicas: int = Field(
+        1, ge=1, description="of each model, at the most; on a CPU, one has use for a machine's cores"
+    )
 
     @field_validator("paligemma", "allowed_prefixes", mode="before")
     @classmethod
@@ -118,10 +120,12 @@ def app(arguments: Arguments) -> serve.Application:
     if not models:
         raise ValueError("no model: give yolo=MODEL, paligemma=MODEL or both")
     keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",")]
-    threads = max(1, (os.cpu_count() or 1) // 2) if len(models) > 1 else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     bound: dict[str, Any] = {}
     for name, own in lineup.arguments(models, arguments).items():
         kind = Detector if name == "yolo" else Speaker
+        # OpenMP's threads, PaliGemma's, wait for each other by computing: they are not to take all.
+        threads = cores if len(models) == 1 or kind is Detector else max(1, cores // 2)
         bound[name] = serve.deployment(
             kind,
             name=name.replace(" ", "-"),
@@ -130,6 +134,7 @@ def app(arguments: Arguments) -> serve.Application:
             health_check_period_s=2,
             graceful_shutdown_timeout_s=arguments.deadline,
             max_surge_percent=100,
+            logging_config={"enable_access_log": False},  # safety.py writes it
             autoscaling_config={"min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": 32},
             ray_actor_options={"num_cpus": 0 if arguments.gpus else 0.5, "num_gpus": arguments.gpus},
         ).bind(own | {"threads": threads})
@@ -141,6 +146,7 @@ def app(arguments: Arguments) -> serve.Application:
     max_ongoing_requests=1000,
     health_check_period_s=2,
     graceful_shutdown_timeout_s=60,
+    logging_config={"enable_access_log": False},
     max_surge_percent=100,  # in an update the new one comes before the old one goes
     ray_actor_options={"num_cpus": 0},
 )
@@ -247,10 +253,13 @@ class Door:
 
     async def loaded(self, name: str, data: bytes, models: Lineup, on: str = "image") -> pa.Table:
         """Encoded bytes → a table of one row with its frame, as the job makes it. Raises Problem."""
-        await asyncio.to_thread(_check_pixels, data, self.arguments.max_pixels)
         load = lineup.load(models, self.arguments.model_copy(update={"on": on}), self.storage)
-        table = load.table([await asyncio.to_thread(load.row, Record(None, 0, name, name, data))])
-        return _without_error(table)
+
+        def decoded() -> pa.Table:
+            _check_pixels(data, self.arguments.max_pixels)
+            return load.table([load.row(Record(None, 0, name, name, data))])
+
+        return _without_error(await asyncio.to_thread(decoded))
 
     async def frame(self, data: bytes, name: str) -> np.ndarray:
         """Encoded bytes → RGB uint8 (h, w, 3) for that model alone. Raises Problem."""
@@ -271,6 +280,16 @@ class Door:
         finally:
             response.cancel()
 
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0, max_concurrent_batches=2)
+    async def detect(self, tables: list[pa.Table], thresholds: list[Thresholds]) -> list[pa.Table]:
+        """As Detector, of several requests in one call: what comes while two are under way is the next. Raises Problem.
+
+        Together here, since a call from process to process takes as long as the model does.
+        """
+        asked = pack(pa.concat_tables(tables))
+        found = unpack(await _answer(self.handles["yolo"].remote(asked, thresholds)))
+        return [found.slice(row, 1) for row in range(len(tables))]
+
     async def row(self, name: str, data: bytes, options: Options) -> dict[str, Any]:
         """The row of the contract. Raises Problem, with the row in it where its `error` says what is wrong."""
         asks = bool(options.prompt) or options.on == "regions"
@@ -287,10 +306,14 @@ class Door:
         for model, handle in self.handles.items():
             if model == "yolo" and model in models:
                 thresholds = options.conf, options.iou, options.max_det, classes
-                table = await _answer(handle.remote(table, thresholds))
+                frames = table.select([name for name, _ in FRAME])
+                table = await self.detect(table, thresholds)
+                for column in frames.schema:  # for the next model
+                    table = table.append_column(column, frames[column.name])
             elif model in models:
                 regions = options.on == "regions"
-                table = await _answer(handle.annotate.remote(table, prompts, regions, options.max_tokens))
+                asked = pack(table), prompts, regions, options.max_tokens
+                table = unpack(await _answer(handle.annotate.remote(*asked)))
             table = _without_error(table)
         return _row(table)
 

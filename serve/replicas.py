@@ -1,6 +1,7 @@
 """The job's models as Serve's replicas: the same classes, with many requests in one batch."""
 
 import asyncio
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -8,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from ray import serve
 from ray.util import metrics
 
 from shardsight.models import ModelDied
@@ -20,38 +20,50 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64]
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
 
+def pack(table: pa.Table) -> pa.Buffer:
+    """For the way between processes: Ray's own pickling of a table with so many columns takes milliseconds."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue()
+
+
+def unpack(packed: pa.Buffer) -> pa.Table:
+    return pa.ipc.open_stream(packed).read_all()
+
+
 class Detector:
-    """A YOLO. Requests that come while it computes are its next batch."""
+    """A YOLO."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.yolo import Yolo
 
-        self.model = Yolo(**arguments)
+        # Frames go one way: who sent them has them.
+        self.model, self.turn = Yolo(**arguments | {"keep_frames": False}), threading.Lock()
         self.sizes = metrics.Histogram("shardsight_yolo_batch", "Pictures of a batch", BATCHES)
         self.seconds = metrics.Histogram("shardsight_yolo_seconds", "The model's time for a batch", SECONDS)
         if self.model.compiles:
             _ = self.model.compiled  # made on first use, which is to be now
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
-    async def __call__(self, tables: list[pa.Table], thresholds: list[Thresholds]) -> list[pa.Table]:
-        """Tables of one row with FRAME columns → the same with `detections`, `classes` or `error`."""
+    async def __call__(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
+        """A packed table with FRAME columns, and how to look at each row → the same without frames, with `detections`,
+        `classes` or `error`."""
+        return await asyncio.to_thread(self.compute, packed, thresholds)
+
+    def compute(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
+        started, table = time.perf_counter(), unpack(packed)
         groups: dict[Thresholds, list[int]] = defaultdict(list)
         for index, each in enumerate(thresholds):
             groups[each].append(index)
-        found: list[pa.Table] = [None] * len(tables)
-        for each, indices in groups.items():
-            rows = await asyncio.to_thread(self.compute, pa.concat_tables([tables[n] for n in indices]), each)
-            for row, index in enumerate(indices):
-                found[index] = rows.slice(row, 1)
-        return found
-
-    def compute(self, table: pa.Table, thresholds: Thresholds) -> pa.Table:
-        started = time.perf_counter()
-        self.model.set_thresholds(*thresholds)
-        rows = self.model(table)
+        found: list[pa.Table] = []
+        with self.turn:
+            for each, indices in groups.items():
+                self.model.set_thresholds(*each)
+                found.append(self.model(table if len(groups) == 1 else table.take(indices)))
+        order = np.argsort([index for indices in groups.values() for index in indices])
         self.sizes.observe(len(table))
         self.seconds.observe(time.perf_counter() - started)
-        return rows
+        return pack(pa.concat_tables(found).take(order))
 
 
 class Speaker:
@@ -68,14 +80,16 @@ class Speaker:
         if self.dead:
             raise RuntimeError(self.dead)
 
-    async def annotate(self, table: pa.Table, prompts: list[str], regions: bool, max_tokens: int) -> pa.Table:
-        """A table of one row with FRAME columns → the same with `answers`, with its detections' `text`, or `error`."""
+    async def annotate(self, packed: pa.Buffer, prompts: list[str], regions: bool, max_tokens: int) -> pa.Buffer:
+        """A packed table of one row with FRAME columns → the same with `answers`, with its detections' `text`, or
+        `error`."""
+        table = unpack(packed)
         asked = self.model.ask_about(table, [Prompt.of(text) for text in prompts], regions, max_tokens)
         waiting = [asyncio.wrap_future(future) for *_, future in asked.questions]
         try:
             await asyncio.gather(*waiting, return_exceptions=True)
             self.tokens.inc(sum(len(one.result().ids) for one in waiting if not one.exception()) or 0)
-            return self.model.answered(asked)
+            return pack(self.model.answered(asked))
         except ModelDied as error:
             self.dead = str(error)
             raise
