@@ -17,7 +17,7 @@ from shardsight.sources import Record, read
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
-BYTES, ROWS = 8 << 20, 256  # of frames and of rows that wait to be handed on
+BYTES, ROWS = 64 << 20, 256  # of frames and of rows that wait to be handed on
 
 
 class Input(Protocol):
@@ -84,7 +84,8 @@ class Load:
         clock, cpu = time.perf_counter(), time.thread_time()
         try:
             frame, width, height = self.decode(record.data or b"")
-            row |= {"width": width, "height": height, "frame": frame.data}
+            # Not as a memoryview, which pyarrow 25 never lets go of.
+            row |= {"width": width, "height": height, "frame": frame.tobytes()}
             row |= {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
         except Exception as error:  # of whatever kind: it is this picture's, and no other must suffer
             row["error"] = Failure.of(error).row("decode")
