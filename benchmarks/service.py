@@ -28,7 +28,7 @@ def crowd(service: Service, pictures: Path, clients: int, seconds: float, rest: 
     `each`, of benchmarks.crowd."""
     out = service.folder / "crowd"
     command = [sys.executable, "-m", "locust", "--locustfile", Path(__file__).parent / "crowd.py", "--headless"]
-    command += ["--host", service.url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds}s"]
+    command += ["--host", service.url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds:.0f}s"]
     command += ["--csv", out, "--stop-timeout", "60", "--only-summary", "--exit-code-on-error", "0"]
     environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest)}
     environment |= {name.upper(): str(value) for name, value in more.items()}
