@@ -63,6 +63,10 @@ def test_drop_filter_ask(page: Page, ask: httpx.Client, jpegs: list[bytes], tmp_
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
     said = ask.post("/v1/annotate", files={"image": jpegs[0]}, data={"prompt": "detect circle ; star"}).json()
     assert page.locator("#answer").inner_text().strip() == (said["answers"][0]["text"] or "(nothing)")
+    page.get_by_label("Prompt").fill("caption en")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+    page.screenshot(path=ROOT / "demo-output" / "page.png")  # the README's is one of these
 
 
 def test_a_picture_that_is_none(page: Page, tmp_path: Path) -> None:
