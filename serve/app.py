@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from serve import chat, tensors
 from serve.replicas import Detector, Speaker, Thresholds, pack, unpack
-from serve.safety import MOST_BYTES, Guard, Problem, digest
+from serve.safety import MOST_BYTES, Guard, Problem, digest, too_large
 from shardsight import lineup
 from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
@@ -248,7 +248,7 @@ class Door:
         except Exception:  # botocore's are of no kind that tells them apart
             raise Problem(503, "the store of the picture cannot be reached", after=5) from None
         if size > most:
-            raise Problem(413, f"at most {most:,} bytes are read")
+            raise too_large(most)
         return image, picture
 
     async def loaded(self, name: str, data: bytes, models: Lineup, on: str = "image") -> pa.Table:

@@ -66,6 +66,10 @@ class Problem(Exception):
         return headers
 
 
+def too_large(most: int) -> Problem:
+    return Problem(413, f"at most {most:,} bytes are read")
+
+
 def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
@@ -141,7 +145,7 @@ class Guard:
         elif not _is_here(scope, host):
             raise Problem(401, "this server has no keys and answers its own machine alone: set SHARDSIGHT_API_KEYS")
         if int(headers.get("content-length") or 0) > self.max_bytes:
-            raise Problem(413, f"at most {self.max_bytes:,} bytes are read")
+            raise too_large(self.max_bytes)
 
     def _note(self, scope: Scope, call: "_Call") -> None:
         route = scope["path"] if scope["path"] in self.routes else "other"
@@ -174,7 +178,7 @@ class _Call:
             self.received += len(message.get("body", b""))
             self.whole = not message.get("more_body")
             if self.received > self.max_bytes:
-                raise Problem(413, f"at most {self.max_bytes:,} bytes are read")
+                raise too_large(self.max_bytes)
         return message
 
     async def send(self, message: Message) -> None:
@@ -246,7 +250,7 @@ def _in_our_words(scope: Scope, status: int | None) -> list[Message]:
     elif status == 408:
         problem = Problem(408, "the request did not arrive in time")
     elif status == 413:
-        problem = Problem(413, f"at most {MOST_BYTES:,} bytes are read")
+        problem = too_large(MOST_BYTES)
     else:
         problem = Problem(503, "the service has just failed, or is starting: try again", after=5)
     asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.chaos.service import Crowd, Service, pictures, running, within
 from tests.conftest import Listener
-from tests.test_annotate import encoded, huge_png
+from tests.test_annotate import chunk, encoded, huge_png
 
 pytestmark = pytest.mark.slow
 DEADLINE = 20
@@ -170,16 +170,12 @@ def test_bombs(service: Service) -> None:
     assert service.memory() < before + 256
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def _bomb(width: int, height: int) -> bytes:
     """A PNG of black pixels, of which there is a megabyte as it is packed."""
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     packer = zlib.compressobj(9)
     pixels = b"".join(packer.compress(bytes(1 << 20)) for _ in range(900)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + head + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def _text_bomb() -> bytes:
@@ -187,7 +183,7 @@ def _text_bomb() -> bytes:
     whole = encoded("PNG", (32, 32))
     packer = zlib.compressobj(9)
     note = b"".join(packer.compress(bytes(1 << 20)) for _ in range(1000)) + packer.flush()
-    return whole[:33] + _chunk(b"zTXt", b"a\0\0" + note) + whole[33:]
+    return whole[:33] + chunk(b"zTXt", b"a\0\0" + note) + whole[33:]
 
 
 def _many_frames() -> bytes:
