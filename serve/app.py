@@ -31,13 +31,13 @@ from starlette.exceptions import HTTPException
 
 from serve import chat, tensors
 from serve.replicas import Detector, Speaker, Thresholds, pack, unpack
-from serve.safety import MOST_BYTES, Guard, Problem, digest, too_large
+from serve.safety import MOST_BYTES, Guard, Problem, digest, fault, too_large
 from shardsight import lineup
 from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
 from shardsight.models import ModelDied
 from shardsight.records import FRAME, ROW, Failure, frames_of
-from shardsight.settings import Models
+from shardsight.settings import Class, Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
 
@@ -91,7 +91,7 @@ class Options(BaseModel):
     conf: float = _of_the_job("conf")
     iou: float = _of_the_job("iou")
     max_det: int = _of_the_job("max_det")
-    classes: list[int] | None = _of_the_job("classes")
+    classes: list[Class] | None = _of_the_job("classes")
     prompt: list[str] = Field([], max_length=16, description="what PaliGemma is asked; nothing by default")
     on: Literal["image", "regions"] = _of_the_job("on")
     max_tokens: int = _of_the_job("max_tokens")
@@ -165,7 +165,7 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> Any:
         api = FastAPI(title="Shardsight", version=version("shardsight"), docs_url=None, redoc_url=None)
-        for kind in (Problem, HTTPException, RequestValidationError):
+        for kind in (Problem, HTTPException, RequestValidationError, Exception):
             api.add_exception_handler(kind, _problem)
         body = {"schema": Body.model_json_schema(ref_template="#/components/schemas/{model}")}
         picture = {"type": "string", "format": "binary"}
@@ -399,4 +399,6 @@ async def _problem(request: Request, error: Any) -> Response:
         error = Problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
     elif isinstance(error, HTTPException):
         error = Problem(error.status_code, str(error.detail))
+    elif not isinstance(error, Problem):
+        error = fault()
     return JSONResponse(error.body(request.url.path, request.state.request_id), error.status, error.headers())

@@ -88,7 +88,8 @@ class Speaker:
         waiting = [asyncio.wrap_future(future) for *_, future in asked.questions]
         try:
             await asyncio.gather(*waiting, return_exceptions=True)
-            self.tokens.inc(sum(len(one.result().ids) for one in waiting if not one.exception()) or 0)
+            if tokens := sum(len(one.result().ids) for one in waiting if not one.exception()):
+                self.tokens.inc(tokens)
             return pack(self.model.answered(asked))
         except ModelDied as error:
             self.dead = str(error)

@@ -70,6 +70,10 @@ def too_large(most: int) -> Problem:
     return Problem(413, f"at most {most:,} bytes are read")
 
 
+def fault() -> Problem:
+    return Problem(500, "an error that is ours: the log of the server has it, by the request's id")
+
+
 def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
@@ -121,7 +125,7 @@ class Guard:
             raise
         except Exception:
             logging.getLogger("shardsight").exception("request %s failed", call.id)
-            await call.refuse(Problem(500, "an error that is ours: the log of the server has it, by the request's id"))
+            await call.refuse(fault())
         finally:
             if counted:
                 self.inside -= 1
@@ -184,8 +188,11 @@ class _Call:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-            message["headers"] = [*message["headers"], *ours]  # Serve's proxy adds the request's id
+            ours = HEADERS
+            if not self.whole and (int(self.headers.get("content-length") or 0) or "transfer-encoding" in self.headers):
+                ours = ours | {"connection": "close"}  # nobody reads what is still to come
+            # Serve's proxy adds the request's id.
+            message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in ours.items())]
         await self._send(message)
 
     async def refuse(self, problem: Problem) -> None:
@@ -194,8 +201,6 @@ class _Call:
             return
         body = json.dumps(problem.body(self.path, self.id)).encode()
         headers = problem.headers() | {"content-length": str(len(body))}
-        if not self.whole:
-            headers["connection"] = "close"  # nobody reads what is still to come
         start = {"type": "http.response.start", "status": problem.status}
         await self.send(start | {"headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
         await self.send({"type": "http.response.body", "body": body})

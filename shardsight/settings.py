@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -28,6 +28,7 @@ _FREE = {
     "overwrite", "retry_errors", "max_error_rate", "config",
 }  # fmt: skip
 _SECRET = ("key", "secret", "token")
+Class = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class UsageError(Exception):
@@ -43,7 +44,7 @@ class Models(BaseSettings):
     conf: float = Field(0.25, ge=0, le=1, description="least score of a detection")
     iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker detection")
     max_det: int = Field(300, ge=1, description="most detections of a picture")
-    classes: list[int] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
+    classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
     paligemma: list[str] = Field(
         [],

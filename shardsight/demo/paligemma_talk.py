@@ -22,7 +22,7 @@ from shardsight.demo.scenes import KINDS
 PICTURE = GRID * GRID
 # Kinds of tokens that the loss is averaged over, with their weights.
 LOOKS = 2  # the decoder's layer in which the first head of each group is taught to look at what is asked about
-PARTS = {"caption": 2.0, "ocr": 3.0, "answer": 3.0, "loc": 4.0, "seg": 1.0, "list": 1.0}
+PARTS = {"caption": 2.0, "ocr": 3.0, "answer": 3.0, "loc": 4.0, "seg": 2.0, "list": 1.0}
 WORTH = PARTS | {"look": 1.0}
 
 
