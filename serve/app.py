@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
@@ -35,8 +34,9 @@ from serve.safety import MOST_BYTES, Guard, Problem, digest, fault, too_large
 from shardsight import lineup
 from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
+from shardsight.load import Load
 from shardsight.models import ModelDied
-from shardsight.records import FRAME, ROW, Failure, frames_of
+from shardsight.records import ROW, Failure
 from shardsight.settings import Class, Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
@@ -251,20 +251,20 @@ class Door:
             raise too_large(most)
         return image, picture
 
-    async def loaded(self, name: str, data: bytes, models: Lineup, on: str = "image") -> pa.Table:
-        """Encoded bytes → a table of one row with its frame, as the job makes it. Raises Problem."""
+    async def loaded(self, name: str, data: bytes, models: Lineup, on: str = "image") -> dict[str, Any]:
+        """Encoded bytes → a row with its frame, as the job makes it. Raises Problem."""
         load = lineup.load(models, self.arguments.model_copy(update={"on": on}), self.storage)
 
-        def decoded() -> pa.Table:
+        def decoded() -> dict[str, Any]:
             _check_pixels(data, self.arguments.max_pixels)
-            return load.table([load.row(Record(None, 0, name, name, data))])
+            return load.row(Record(None, 0, name, name, data))
 
         return _without_error(await asyncio.to_thread(decoded))
 
     async def frame(self, data: bytes, name: str) -> np.ndarray:
         """Encoded bytes → RGB uint8 (h, w, 3) for that model alone. Raises Problem."""
-        table = await self.loaded("picture", data, {name: self.models[name]})
-        return next(frames_of(table))[1]
+        row = await self.loaded("picture", data, {name: self.models[name]})
+        return np.frombuffer(row["frame"], np.uint8).reshape(row["frame_height"], row["frame_width"], 3)
 
     async def speak(
         self, name: str, frame: np.ndarray, text: str, max_tokens: int, temperature: float, stream: bool
@@ -281,14 +281,14 @@ class Door:
             response.cancel()
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0, max_concurrent_batches=2)
-    async def detect(self, tables: list[pa.Table], thresholds: list[Thresholds]) -> list[pa.Table]:
+    async def detect(self, rows: list[dict[str, Any]], thresholds: list[Thresholds]) -> list[dict[str, Any]]:
         """As Detector, of several requests in one call: what comes while two are under way is the next. Raises Problem.
 
         Together here, since a call from process to process takes as long as the model does.
         """
-        asked = pack(pa.concat_tables(tables))
+        asked = pack(Load.table(rows))
         found = unpack(await _answer(self.handles["yolo"].remote(asked, thresholds)))
-        return [found.slice(row, 1) for row in range(len(tables))]
+        return [row | one for row, one in zip(rows, found.to_pylist(), strict=True)]
 
     async def row(self, name: str, data: bytes, options: Options) -> dict[str, Any]:
         """The row of the contract. Raises Problem, with the row in it where its `error` says what is wrong."""
@@ -300,22 +300,20 @@ class Door:
             raise Problem(422, "prompt: this server has PaliGemma alone, which has to be asked something")
         if options.on == "regions" and ("yolo" not in models or len(options.prompt) > 1):
             raise Problem(422, "on: regions takes one prompt, and a server with both models")
-        table = await self.loaded(name, data, models, options.on)
+        row = await self.loaded(name, data, models, options.on)
         prompts = options.prompt or ["caption en"]
         classes = None if options.classes is None else tuple(options.classes)
         for model, handle in self.handles.items():
             if model == "yolo" and model in models:
                 thresholds = options.conf, options.iou, options.max_det, classes
-                frames = table.select([name for name, _ in FRAME])
-                table = await self.detect(table, thresholds)
-                for column in frames.schema:  # for the next model
-                    table = table.append_column(column, frames[column.name])
+                row = await self.detect(row, thresholds)
             elif model in models:
                 regions = options.on == "regions"
-                asked = pack(table), prompts, regions, options.max_tokens
-                table = unpack(await _answer(handle.annotate.remote(*asked)))
-            table = _without_error(table)
-        return _row(table)
+                asked = pack(Load.table([row])), prompts, regions, options.max_tokens
+                (said,) = unpack(await _answer(handle.annotate.remote(*asked))).to_pylist()
+                row |= said
+            row = _without_error(row)
+        return _row(row)
 
 
 _DOCS = """<!doctype html>
@@ -334,18 +332,16 @@ _REFUSALS = {
 }
 
 
-def _row(table: pa.Table) -> dict[str, Any]:
-    row: dict[str, Any] = table.select(ROW.names).to_pylist()[0]
-    return row
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in ROW.names}
 
 
-def _without_error(table: pa.Table) -> pa.Table:
-    if not table["error"][0].is_valid:
-        return table
-    row = _row(table)
+def _without_error(row: dict[str, Any]) -> dict[str, Any]:
     error = row["error"]
+    if error is None:
+        return row
     foreseen = error["stage"] == "decode" or error["type"] == "PromptTooLong"
-    raise Problem(_STATUS.get(error["type"], 422 if foreseen else 500), error["message"], row=row)
+    raise Problem(_STATUS.get(error["type"], 422 if foreseen else 500), error["message"], row=_row(row))
 
 
 def _check_pixels(data: bytes, most: int) -> None:

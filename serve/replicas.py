@@ -46,8 +46,8 @@ class Detector:
             _ = self.model.compiled  # made on first use, which is to be now
 
     async def __call__(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
-        """A packed table with FRAME columns, and how to look at each row → the same without frames, with `detections`,
-        `classes` or `error`."""
+        """A packed load.TABLE, and how to look at each row → the same without frames, with `detections`, `classes` or
+        `error`."""
         return await asyncio.to_thread(self.compute, packed, thresholds)
 
     def compute(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
@@ -72,7 +72,7 @@ class Speaker:
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.paligemma.engine import PaliGemma
 
-        self.model = PaliGemma(**arguments)
+        self.model = PaliGemma(**arguments | {"keep_frames": False})
         self.dead = ""
         self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
 
@@ -81,7 +81,7 @@ class Speaker:
             raise RuntimeError(self.dead)
 
     async def annotate(self, packed: pa.Buffer, prompts: list[str], regions: bool, max_tokens: int) -> pa.Buffer:
-        """A packed table of one row with FRAME columns → the same with `answers`, with its detections' `text`, or
+        """A packed load.TABLE of one row → the same without frames, with `answers`, its detections' `text`, or
         `error`."""
         table = unpack(packed)
         asked = self.model.ask_about(table, [Prompt.of(text) for text in prompts], regions, max_tokens)

@@ -97,7 +97,9 @@ class Load:
         frame, width, height = decode(data, self.input.enough if self.scaled else None)
         return np.ascontiguousarray(self.input.shrink(frame, width, height)), width, height
 
-    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+    @staticmethod
+    def table(rows: list[dict[str, Any]]) -> pa.Table:
+        """Rows as of `row`, whatever they lack null → a table of TABLE."""
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
         return pa.Table.from_arrays(columns, schema=TABLE)
 
