@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from shardsight.demo.scenes import Scene, scenes
 from shardsight.demo.writers import jpeg
 
 ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
 WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
 # Found without importing ultralytics, which shardsight.yolo has to do first.
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
@@ -90,6 +93,26 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def ray_head(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`ray start --head` with two CPUs and ports of its own, and its token in the environment of what asks it: its
+    process, and the dashboard's address, which may not answer yet."""
+    dashboard = free_port()
+    # The agent's own port by default may be another cluster's on this machine, and then no job is ever run.
+    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        command = [BIN / "ray", "start", "--head", *ports, "--num-cpus=2", "--block", *options]
+        head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield head, f"http://127.0.0.1:{dashboard}"
+        finally:
+            head.terminate()
+            head.wait(60)
 
 
 def serve_s3(folder: Path, port: int) -> subprocess.Popen[bytes]:

@@ -1,7 +1,6 @@
 """cluster.yaml, and the job as `ray job submit` runs it."""
 
 import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ import yaml
 
 from jobs.annotate import _living_cluster
 from shardsight.settings import UsageError
-from tests.conftest import ROOT, free_port, job_of, start_job
+from tests.conftest import BIN, ROOT, free_port, job_of, ray_head, start_job
 
-RAY = str(Path(sys.executable).parent / "ray")
+RAY = str(BIN / "ray")
 
 
 def test_cluster_yaml_is_what_ray_takes() -> None:
@@ -37,25 +36,14 @@ def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """The address of the job server of a local `ray start --head`."""
-    dashboard = free_port()
-    # The agent's own port by default may be another cluster's on this machine, and then no job is ever run.
-    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-    command = [RAY, "start", "--head", *ports, "--num-cpus=2", "--block"]
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with ray_head() as (head, address):
         # The server answers before there is an agent to run a job.
-        submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--", "true"]
+        submit = [RAY, "job", "submit", "--address", address, "--", "true"]
         while subprocess.run(submit, capture_output=True).returncode:
             assert head.poll() is None
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        head.terminate()
-        head.wait(60)
+        yield address
 
 
 def test_a_cluster_that_is_gone(

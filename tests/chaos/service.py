@@ -1,10 +1,7 @@
 """The service as it is deployed: serve/config.yaml on a cluster of its own, and crowds of clients that ask it."""
 
-import os
 import re
-import secrets
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +12,10 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 
-from tests.conftest import ROOT, WEIGHTS, free_port
-
-BIN = Path(sys.executable).parent
+from tests.conftest import BIN, ROOT, WEIGHTS, free_port, ray_head
 
 
 class Service:
@@ -79,31 +75,15 @@ def within(seconds: float, true: Callable[[], Any], told: Callable[[], Any] = st
 @contextmanager
 def running(folder: Path, **arguments: Any) -> Iterator[Service]:
     """A cluster of two CPUs with the service on it."""
-    dashboard, metrics, url = free_port(), free_port(), f"http://127.0.0.1:{free_port()}"
-    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-    ports.append(f"--metrics-export-port={metrics}")
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment |= {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.safety:outside"}
-    environment.pop("RAY_ADDRESS", None)
-    head = subprocess.Popen(
-        [BIN / "ray", "start", "--head", *ports, "--num-cpus=2", "--block"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    os.environ |= {name: environment[name] for name in before}  # for the commands that ask it
-    service = Service(head, folder, f"http://127.0.0.1:{dashboard}", url, f"http://127.0.0.1:{metrics}/metrics")
-    try:
-        within(60, lambda: _answers(service.dashboard), lambda: "the dashboard does not come up")
-        service.deploy(**arguments)
-        service.wait_until_running()
-        yield service
-    finally:
-        head.terminate()
-        head.wait(60)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    metrics, url = free_port(), f"http://127.0.0.1:{free_port()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.safety:outside")
+        with ray_head(f"--metrics-export-port={metrics}") as (head, dashboard):
+            service = Service(head, folder, dashboard, url, f"http://127.0.0.1:{metrics}/metrics")
+            within(60, lambda: _answers(dashboard), lambda: "the dashboard does not come up")
+            service.deploy(**arguments)
+            service.wait_until_running()
+            yield service
 
 
 def _answers(url: str) -> bool:
