@@ -123,7 +123,7 @@ class Speaker:
                 yield said(generated)
             done = future.result()
             self.tokens.inc(len(done.ids))
-            used = self.model.info.image_tokens + 1 + len(self.model.encoded[prompt.text])
+            used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
             yield said(done) | {"finish_reason": done.finish_reason, "prompt_tokens": used}
         except ModelDied as error:
             self.dead = str(error)

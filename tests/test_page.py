@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from pycocotools import mask as coco_mask
 
-from tests.conftest import ROOT
+from shardsight.load import Load
+from shardsight.records import ROW
+from shardsight.sources import Record
+from shardsight.storage import Storage
+from tests.conftest import ROOT, WEIGHTS
 from tests.test_serve import ask, inputs, rows, service  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.slow
@@ -67,6 +73,47 @@ def test_drop_filter_ask(page: Page, ask: httpx.Client, jpegs: list[bytes], tmp_
     page.get_by_role("button", name="Ask").click()
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
     page.screenshot(path=ROOT / "demo-output" / "page.png")  # the README's is one of these
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
+def test_masks_keypoints_and_oriented_boxes(page: Page, jpegs: list[bytes], tmp_path: Path, task: str) -> None:
+    """Drawn where the row has them: a mask to the pixel. The rows are the model's own."""
+    from shardsight.yolo import Yolo
+
+    model = Yolo(str(WEIGHTS / f"{task}.pt"))
+    load = Load(Storage({}), model.input)
+    (row,) = model(Load.table([load.row(Record(None, 0, "a", "a", jpegs[0]))])).select(ROW.names).to_pylist()
+    found = [one for one in row["detections"] if one["score"] >= 0.25]
+    assert found
+    page.route("**/v1/annotate", lambda route: route.fulfill(json=row))
+    (tmp_path / "scene.jpg").write_bytes(jpegs[0])
+    page.locator("#file").set_input_files(tmp_path / "scene.jpg")
+    page.wait_for_selector("#marks .mark")
+    if task == "segment":
+        drawn = page.locator("#marks .mask").evaluate_all(_RASTER, [row["width"], row["height"]])
+        for one, inside in zip(found, drawn, strict=True):
+            size = [one["mask"]["height"], one["mask"]["width"]]
+            mask = coco_mask.decode({"size": size, "counts": one["mask"]["counts"].encode()})
+            assert np.flatnonzero(mask).tolist() == inside
+    elif task == "obb":
+        drawn = page.locator("#marks polygon").evaluate_all("all => all.map(p => p.getAttribute('points'))")
+        assert [[float(x) for x in points.split()] for points in drawn] == [one["corners"] for one in found]
+    else:
+        drawn = page.locator("#marks circle").evaluate_all(
+            "all => all.map(c => [Number(c.getAttribute('cx')), Number(c.getAttribute('cy'))])"
+        )
+        points = [point for one in found for point in one["keypoints"]]
+        assert drawn == [[point["x"], point["y"]] for point in points if (point["score"] or 1) >= 0.5] != []
+    page.screenshot(path=ROOT / "demo-output" / f"page-{task}.png")
+
+
+# Of each path the pixels whose middle is in it, row after row.
+_RASTER = """(all, [width, height]) => all.map((path) => {
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.fill(new Path2D(path.getAttribute("d")));
+    const pixels = context.getImageData(0, 0, width, height).data;
+    return Array.from({ length: width * height }, (_, n) => n).filter((n) => pixels[4 * n + 3] > 127);
+})"""
 
 
 def test_a_picture_that_is_none(page: Page, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_prompts_taken(text: str, names: tuple[str, ...]) -> None:
         ("segment cat ;", "empty name"),
         ("caption en\ncaption de", "newline"),
         ("<image> caption en", "<image>"),
+        ("caption \ud800", "not Unicode"),
     ],
 )
 def test_prompts_refused(text: str, said: str) -> None:

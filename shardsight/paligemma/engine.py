@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
+import functools
 import json
 import math
 import queue
@@ -127,7 +128,7 @@ class PaliGemma:
         self.tokenizer = AutoTokenizer.from_pretrained(self.info.path)
         self.vocabulary = _vocabulary(self.tokenizer)
         self.masks = _masks(self.info.path)
-        self.encoded: dict[str, list[int]] = {}
+        self.encode = functools.lru_cache(4096)(self._encode)
         self.waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         ready: Future[None] = Future()
         # OpenMP's threads belong to the thread that started them: the one that loads is the one that computes.
@@ -219,7 +220,7 @@ class PaliGemma:
             temperature=temperature, max_tokens=most, logprobs=0, detokenize=False, output_kind=kind
         )
         try:
-            ids = self._encode(prompt.text)
+            ids = self.encode(prompt.text)
             self.waiting.put(_Request(frame, ids, future, params, hear))
             if not self.thread.is_alive():
                 self._refuse(ModelDied("the engine has ended"))
@@ -253,9 +254,7 @@ class PaliGemma:
 
     def _encode(self, text: str) -> list[int]:
         """As Hugging Face's processor does, but for picture and start token, which vLLM puts before."""
-        if text not in self.encoded:
-            self.encoded[text] = self.tokenizer.encode(text + "\n", add_special_tokens=False)
-        ids = self.encoded[text]
+        ids: list[int] = self.tokenizer.encode(text + "\n", add_special_tokens=False)
         if len(ids) > self.room:
             raise Failure("PromptTooLong", f"the prompt takes {len(ids)} tokens, and there is room for {self.room}")
         return ids

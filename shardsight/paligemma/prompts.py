@@ -42,6 +42,8 @@ class Prompt:
         rest = rest.strip()
         if not text:
             raise PromptError("an empty prompt asks nothing: give one, as 'caption en'")
+        if re.search("[\ud800-\udfff]", text):
+            raise PromptError(f"{text!r} is not Unicode: half of a character is missing")
         if "\n" in text:
             raise PromptError(f"a newline ends a prompt, and {text!r} has one inside: give it on one line")
         if found := re.search(r"<(image|bos|eos|pad|unk)>", text):
