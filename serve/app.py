@@ -216,7 +216,9 @@ class Door:
                 names = {name for name in form if name != PICTURES_FIELD}
                 many = {"prompt", "classes"}
                 given = {name: form.getlist(name) if name in many else form[name] for name in names}
-                return upload.filename or "picture", await upload.read(), _checked(Options, given)
+                # With ? for half of a character, which some encodings of forms can say and JSON cannot.
+                name = (upload.filename or "picture").encode(errors="replace").decode()
+                return name, await upload.read(), _checked(Options, given)
         if kind == "application/json":
             asked = _checked(Body, await request.body())
             return *await self.fetch(asked.image), asked

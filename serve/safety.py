@@ -191,11 +191,8 @@ class _Call:
             ours = HEADERS
             if not self.whole and (int(self.headers.get("content-length") or 0) or "transfer-encoding" in self.headers):
                 ours = ours | {"connection": "close"}  # nobody reads what is still to come
-            # Serve's proxy adds the request's id.
-            message["headers"] = [
-                *message["headers"],
-                *((name.encode(), value.encode()) for name, value in ours.items()),
-            ]
+            raw = [(name.encode(), value.encode()) for name, value in ours.items()]
+            message["headers"] = [*message["headers"], *raw]  # Serve's proxy adds the request's id
         await self._send(message)
 
     async def refuse(self, problem: Problem) -> None:

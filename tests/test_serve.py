@@ -176,6 +176,17 @@ def test_regions(ask: httpx.Client, jpegs: list[bytes]) -> None:
     assert row["detections"] and all(isinstance(one["text"], str) for one in row["detections"])
 
 
+def test_a_name_that_is_no_text(ask: httpx.Client, jpegs: list[bytes]) -> None:
+    """Half of a character, by an encoding that has such: it is replaced, and harms nobody whose batch it is in."""
+    head = b'--b\r\ncontent-disposition: form-data; name="image"; filename="a+2AA-.jpg"\r\n\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b; charset=utf-7"}
+    response = ask.post("/v1/annotate", content=head + jpegs[0] + b"\r\n--b--\r\n", headers=kind)
+    assert response.status_code == 200 and response.json()["id"] == "a?.jpg"
+    more = b'\r\n--b\r\ncontent-disposition: form-data; name="+2AA-"\r\n\r\n1\r\n--b--\r\n'
+    response = ask.post("/v1/annotate", content=head + jpegs[0] + more, headers=kind)
+    assert response.status_code == 422
+
+
 def test_regions_of_an_empty_picture(ask: httpx.Client) -> None:
     """There is nothing to ask about, which is no failure."""
     response = ask.post("/v1/annotate", json={"image": chat.EXAMPLE, "on": "regions", "prompt": "ocr"})
