@@ -140,8 +140,8 @@ def seconds(name: str, folder: Path, out: Path, model: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", type=int, default=2000, help="enough that a job is mostly work")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="repeatable; all by default")
     parser.add_argument("--record", action="store_true", help="write the table beside this file")
     parser.add_argument("--run", nargs=4, metavar=("NAME", "FOLDER", "OUT", "MODEL"), help="one contender, once")

@@ -82,13 +82,13 @@ def test_same_tokens_for_many_pairs(kind: str, seed: int, shape: dict[str, Any],
     model = make(tmp_path / "model", kind, seed, **shape)
     endless = make(tmp_path / "endless", kind, seed, ends=False, **shape)
     lora = adapter(model, tmp_path / "lora", everywhere=True, seed=seed)
-    pairs, long = pairs_of(20, seed), pairs_of(2, seed)
+    pairs = pairs_of(20, seed)
     limits = {"max_tokens": TOKENS, "batch_size": 8}
     runs = [
         Asked(model, pairs, limits),
         Asked(model, pairs, limits, alone=True),
         Asked(model, pairs, limits | {"adapter": str(lora)}),
-        Asked(endless, long, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
+        Asked(endless, pairs, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
     ]
     mixed, alone, with_lora, again = ask(runs, tmp_path)
     reference = Reference(model)
@@ -96,7 +96,7 @@ def test_same_tokens_for_many_pairs(kind: str, seed: int, shape: dict[str, Any],
     assert [ids for ids, _ in alone.answers] == [ids for ids, _ in mixed.answers]
     same(with_lora, Reference(model, lora), pairs)
     assert again.preempted > 0
-    same(again, Reference(endless), long, LONG)
+    same(again, Reference(endless), pairs, LONG)
 
 
 @pytest.mark.slow
