@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from jobs import annotate
+from shardsight import lineup
 from shardsight.load import Load
 from shardsight.sources import Record
 
@@ -17,5 +18,5 @@ class Counted(Load):
 
 
 if __name__ == "__main__":
-    annotate.Load = Counted  # type: ignore[misc]
+    lineup.Load = Counted  # type: ignore[misc]
     sys.exit(annotate.main())
