@@ -36,7 +36,7 @@ from shardsight.decode import MAX_PIXELS
 from shardsight.lineup import Lineup
 from shardsight.load import Load
 from shardsight.models import ModelDied
-from shardsight.records import ROW, Failure
+from shardsight.records import ROW, Failure, frame_of
 from shardsight.settings import Class, Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
@@ -137,7 +137,7 @@ def app(arguments: Arguments) -> serve.Application:
             logging_config={"enable_access_log": False},  # safety.py writes it
             autoscaling_config={"min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": 32},
             ray_actor_options={"num_cpus": 0 if arguments.gpus else 0.5, "num_gpus": arguments.gpus},
-        ).bind(own | {"threads": threads})
+        ).bind(own | {"threads": threads, "keep_frames": False})  # Door has them
     found: serve.Application = Door.bind(arguments, models, [digest(key) for key in keys if key], bound)  # type: ignore
     return found
 
@@ -266,7 +266,7 @@ class Door:
     async def frame(self, data: bytes, name: str) -> np.ndarray:
         """Encoded bytes → RGB uint8 (h, w, 3) for that model alone. Raises Problem."""
         row = await self.loaded("picture", data, {name: self.models[name]})
-        return np.frombuffer(row["frame"], np.uint8).reshape(row["frame_height"], row["frame_width"], 3)
+        return frame_of(row["frame"], row["frame_height"], row["frame_width"])
 
     async def speak(
         self, name: str, frame: np.ndarray, text: str, max_tokens: int, temperature: float, stream: bool

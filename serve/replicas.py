@@ -38,8 +38,7 @@ class Detector:
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.yolo import Yolo
 
-        # Frames go one way: who sent them has them.
-        self.model, self.turn = Yolo(**arguments | {"keep_frames": False}), threading.Lock()
+        self.model, self.turn = Yolo(**arguments), threading.Lock()
         self.sizes = metrics.Histogram("shardsight_yolo_batch", "Pictures of a batch", BATCHES)
         self.seconds = metrics.Histogram("shardsight_yolo_seconds", "The model's time for a batch", SECONDS)
         if self.model.compiles:
@@ -72,7 +71,7 @@ class Speaker:
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.paligemma.engine import PaliGemma
 
-        self.model = PaliGemma(**arguments | {"keep_frames": False})
+        self.model = PaliGemma(**arguments)
         self.dead = ""
         self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
 

@@ -191,8 +191,7 @@ class _Call:
             ours = HEADERS
             if not self.whole and (int(self.headers.get("content-length") or 0) or "transfer-encoding" in self.headers):
                 ours = ours | {"connection": "close"}  # nobody reads what is still to come
-            raw = [(name.encode(), value.encode()) for name, value in ours.items()]
-            message["headers"] = [*message["headers"], *raw]  # Serve's proxy adds the request's id
+            message["headers"] = [*message["headers"], *_raw(ours)]  # Serve's proxy adds the request's id
         await self._send(message)
 
     async def refuse(self, problem: Problem) -> None:
@@ -202,8 +201,13 @@ class _Call:
         body = json.dumps(problem.body(self.path, self.id)).encode()
         headers = problem.headers() | {"content-length": str(len(body))}
         start = {"type": "http.response.start", "status": problem.status}
-        await self.send(start | {"headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
+        await self.send(start | {"headers": _raw(headers)})
         await self.send({"type": "http.response.body", "body": body})
+
+
+def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """As ASGI has them."""
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 class Outside:
@@ -262,8 +266,7 @@ def _in_our_words(scope: Scope, status: int | None) -> list[Message]:
     body = json.dumps(problem.body(scope["path"], asked)).encode()
     headers = HEADERS | problem.headers() | {"content-length": str(len(body)), "x-request-id": asked}
     headers["connection"] = "close"  # there may be more to come, that nobody reads
-    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    head = {"type": "http.response.start", "status": problem.status, "headers": raw}
+    head = {"type": "http.response.start", "status": problem.status, "headers": _raw(headers)}
     return [head, {"type": "http.response.body", "body": body}]
 
 

@@ -85,12 +85,17 @@ class Failure(Exception):
         return {"stage": stage, "type": self.type, "message": self.message[:1000]}
 
 
+def frame_of(data: bytes | pa.Buffer, height: int, width: int) -> np.ndarray:
+    """What FRAME holds → RGB uint8 (h, w, 3), without copying it."""
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
 def frames_of(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
     """(row, RGB uint8 (h, w, 3)) of the rows that have a frame and no error, without copying it."""
     columns = (table[name] for name in ("frame", "frame_height", "frame_width", "error"))
     for index, (frame, height, width, error) in enumerate(zip(*columns, strict=True)):
         if frame.is_valid and not error.is_valid:
-            yield index, np.frombuffer(frame.as_buffer(), np.uint8).reshape(height.as_py(), width.as_py(), 3)
+            yield index, frame_of(frame.as_buffer(), height.as_py(), width.as_py())
 
 
 def without_frames(table: pa.Table) -> pa.Table:

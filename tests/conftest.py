@@ -117,7 +117,7 @@ def ray_head(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 def serve_s3(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """Returns once it answers. Files put into the folder behind its back are seen after 50 ms."""
-    rclone, key = str(Path(sys.executable).parent / "rclone"), f"{S3_KEY},{S3_SECRET}"
+    rclone, key = str(BIN / "rclone"), f"{S3_KEY},{S3_SECRET}"
     options = ["--auth-key", key, "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "50ms"]
     with folder.with_suffix(".log").open("a") as log:
         server = subprocess.Popen([rclone, "serve", "s3", *options, str(folder)], stderr=log)

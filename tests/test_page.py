@@ -13,12 +13,12 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from pycocotools import mask as coco_mask
 
-from shardsight.load import Load
+from shardsight.demo.score import rle_of
 from shardsight.records import ROW
-from shardsight.sources import Record
-from shardsight.storage import Storage
+from shardsight.yolo import Yolo
 from tests.conftest import ROOT, WEIGHTS
 from tests.test_serve import ask, inputs, rows, service  # noqa: F401  (fixtures)
+from tests.test_yolo import annotated
 
 pytestmark = pytest.mark.slow
 
@@ -78,11 +78,8 @@ def test_drop_filter_ask(page: Page, ask: httpx.Client, jpegs: list[bytes], tmp_
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 def test_masks_keypoints_and_oriented_boxes(page: Page, jpegs: list[bytes], tmp_path: Path, task: str) -> None:
     """Drawn where the row has them: a mask to the pixel. The rows are the model's own."""
-    from shardsight.yolo import Yolo
-
-    model = Yolo(str(WEIGHTS / f"{task}.pt"))
-    load = Load(Storage({}), model.input)
-    (row,) = model(Load.table([load.row(Record(None, 0, "a", "a", jpegs[0]))])).select(ROW.names).to_pylist()
+    (whole,) = annotated(Yolo(str(WEIGHTS / f"{task}.pt")), jpegs[:1])
+    row = {name: whole[name] for name in ROW.names}
     found = [one for one in row["detections"] if one["score"] >= 0.25]
     assert found
     page.route("**/v1/annotate", lambda route: route.fulfill(json=row))
@@ -92,9 +89,7 @@ def test_masks_keypoints_and_oriented_boxes(page: Page, jpegs: list[bytes], tmp_
     if task == "segment":
         drawn = page.locator("#marks .mask").evaluate_all(_RASTER, [row["width"], row["height"]])
         for one, inside in zip(found, drawn, strict=True):
-            size = [one["mask"]["height"], one["mask"]["width"]]
-            mask = coco_mask.decode({"size": size, "counts": one["mask"]["counts"].encode()})
-            assert np.flatnonzero(mask).tolist() == inside
+            assert np.flatnonzero(coco_mask.decode(rle_of(one["mask"]))).tolist() == inside
     elif task == "obb":
         drawn = page.locator("#marks polygon").evaluate_all("all => all.map(p => p.getAttribute('points'))")
         assert [[float(x) for x in points.split()] for points in drawn] == [one["corners"] for one in found]

@@ -17,7 +17,7 @@ from ultralytics import YOLO
 from ultralytics.utils import nms
 
 from shardsight.demo.scenes import Scene, scene, scenes
-from shardsight.demo.score import average_precision
+from shardsight.demo.score import average_precision, rle_of
 from shardsight.demo.writers import TASKS, jpeg
 from shardsight.load import Load
 from shardsight.models import ModelError, inspect
@@ -78,7 +78,7 @@ def test_same_as_ultralytics(task: str, pictures: list[bytes], tmp_path: Path) -
 
 
 def overlap(ours: dict[str, Any], theirs: torch.Tensor) -> float:
-    mine = rle.decode({"size": [ours["height"], ours["width"]], "counts": ours["counts"].encode()}).astype(bool)
+    mine = rle.decode(rle_of(ours)).astype(bool)
     other = theirs.numpy().astype(bool)
     return float((mine & other).sum() / max(1, (mine | other).sum()))
 

@@ -28,7 +28,7 @@ def average_precision(
             "score": one["score"],
             "bbox": [one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]],
         }
-        | ({"segmentation": _rle(one["mask"])} if masks else {})
+        | ({"segmentation": rle_of(one["mask"])} if masks else {})
         for image in truth.dataset["images"]
         for one in rows[image["file_name"].removesuffix(".jpg")]
     ]
@@ -62,7 +62,7 @@ def answer_figures(scenes: Iterable[Scene], answers: dict[str, list[dict[str, An
                 boxes[scene.name] = boxes.get(scene.name, []) + found
             elif form == "segment":
                 truth = [coco_rle(shape.mask) for shape in scene.shapes if shape.kind == rest]
-                masks = [_rle(one["mask"]) for one in answer["detections"] or [] if one.get("mask")]
+                masks = [rle_of(one["mask"]) for one in answer["detections"] or [] if one.get("mask")]
                 right["mask IoU"] += _best_overlaps(truth, masks)
             else:
                 text = expected(answer["prompt"], shapes)
@@ -85,5 +85,6 @@ def _best_overlaps(truth: list[dict[str, Any]], found: list[dict[str, Any]]) -> 
     return ious
 
 
-def _rle(mask: dict[str, Any]) -> dict[str, Any]:
+def rle_of(mask: dict[str, Any]) -> dict[str, Any]:
+    """A row's `mask` → what pycocotools takes."""
     return {"size": [mask["height"], mask["width"]], "counts": mask["counts"].encode()}

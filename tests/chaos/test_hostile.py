@@ -7,7 +7,6 @@ import random
 import socket
 import struct
 import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
@@ -21,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.chaos.service import Crowd, Service, pictures, running, within
-from tests.conftest import Listener
+from tests.conftest import BIN, Listener
 from tests.test_annotate import chunk, encoded, huge_png
 
 pytestmark = pytest.mark.slow
@@ -270,7 +269,7 @@ def test_nothing_is_fetched(service: Service, listener: Listener, store: Listene
 
 def test_schemathesis(service: Service, tmp_path: Path) -> None:
     """Requests made from the served document, good and bad: none is answered with a 500."""
-    command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{service.url}/openapi.json"]
+    command = [str(BIN / "schemathesis"), "run", f"{service.url}/openapi.json"]
     command += ["--checks", "not_a_server_error", "--max-examples", "100", "--seed", "5", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
     print(done.stdout[-1500:])
