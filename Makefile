@@ -23,7 +23,7 @@ demo: install
 
 # At 127.0.0.1:8000, until it is interrupted.
 serve: install
-	$(BIN)/serve run serve.app:app yolo=shardsight/demo/weights/detect.pt paligemma=shardsight/demo/weights/paligemma
+	$(BIN)/serve run serve.app:app yolo=demo/weights/detect.pt paligemma=demo/weights/paligemma
 
 # Two files of tests at a time, since half of a small job is one process after the other coming up.
 test: lint

@@ -88,7 +88,7 @@ def limit(folder: str, out: str, weights: str, imgsz: int) -> None:
     import numpy as np
     import torch
 
-    from shardsight.yolo import Yolo
+    from shardsight.models.yolo.model import Yolo
 
     count = len(list(Path(folder).iterdir()))
     batches = -(-count // BATCH)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.throughput import conditions
-from shardsight.demo.scenes import scenes
-from shardsight.demo.writers import jpeg
+from demo.scenes import scenes
+from demo.writers import jpeg
 
 HERE = Path(__file__).parent
 FEW, TOKENS, PROMPT = 8, 16, "caption en"
@@ -41,8 +41,8 @@ LIMITS: dict[str, Any] = {
 
 
 def engine(folder: str, out: str, model: str) -> float:
-    from shardsight.paligemma.engine import PaliGemma
-    from shardsight.paligemma.prompts import Prompt
+    from shardsight.models.paligemma.engine import PaliGemma
+    from shardsight.models.paligemma.prompts import Prompt
 
     asked, prompt = PaliGemma(model, max_tokens=TOKENS, precision="fp32"), Prompt.of(PROMPT)
 
@@ -71,7 +71,7 @@ def generate(folder: str, out: str, model: str) -> float:
 
 
 def _frames(folder: str) -> list[Any]:
-    from shardsight.decode import decode
+    from shardsight.decode.pictures import decode
 
     return [decode(path.read_bytes())[0] for path in sorted(Path(folder).iterdir())]
 

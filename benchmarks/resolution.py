@@ -6,9 +6,9 @@ of the pictures that go to the larger one, by the height that the smallest word 
 
 import argparse
 
-from shardsight.demo.paligemma_data import word_box
-from shardsight.demo.scenes import Scene, scenes
-from shardsight.paligemma.resolution import lost
+from demo.paligemma_data import word_box
+from demo.scenes import Scene, scenes
+from shardsight.models.paligemma.routing import lost
 
 SIZES = 224, 448
 HEIGHTS = {"below 10 px": (0, 10), "10 to 14 px": (10, 14), "above": (14, 224), "no word": (224, 1e9)}

@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from shardsight import lineup
-from shardsight.coverage import Coverage
-from shardsight.lineup import Lineup
-from shardsight.models import ModelError
+from shardsight.models import lineup
+from shardsight.models.info import ModelError
+from shardsight.models.lineup import Lineup
 from shardsight.progress import Progress, summary
-from shardsight.records import STAGES
-from shardsight.results import Results, Written, lock
+from shardsight.results.coverage import Coverage
+from shardsight.results.writer import Results, Written, lock
+from shardsight.row import STAGES
 from shardsight.settings import Settings, UsageError, parse
 from shardsight.sources import InputError, Listing
 from shardsight.storage import Storage, StorageError, explain

@@ -15,11 +15,11 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
+from demo.questions import DETECT_ALL
+from demo.scenes import Scene, scenes
+from demo.score import answer_figures, average_precision
+from demo.writers import jpeg, write
 from jobs import annotate, show
-from shardsight.demo.questions import DETECT_ALL
-from shardsight.demo.scenes import Scene, scenes
-from shardsight.demo.score import answer_figures, average_precision
-from shardsight.demo.writers import jpeg, write
 
 SEED = 7
 EACH = 40  # scenes in the tars, in Parquet and in the folder
@@ -27,7 +27,7 @@ PROMPTS = [
     *("caption en", "ocr", "answer en how many shapes are there", "answer en what shape is red"),
     *(DETECT_ALL, "segment star"),
 ]
-WEIGHTS = Path(importlib.util.find_spec("shardsight.demo").submodule_search_locations[0]) / "weights"  # type: ignore
+WEIGHTS = Path(importlib.util.find_spec("demo").submodule_search_locations[0]) / "weights"  # type: ignore
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,9 +16,9 @@ import pyarrow.dataset as ds
 import supervision as sv
 from pycocotools import mask as rle
 
-from shardsight.decode import decode
-from shardsight.records import Failure
-from shardsight.results import Results
+from shardsight.decode.pictures import decode
+from shardsight.results.writer import Results
+from shardsight.row import Failure
 from shardsight.sources import Unit, read
 from shardsight.storage import Storage
 

@@ -29,20 +29,20 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from serve import chat, tensors
-from serve.replicas import Detector, Speaker, Thresholds, pack, unpack
-from serve.safety import MOST_BYTES, Guard, Problem, digest, fault, too_large
-from shardsight import lineup
-from shardsight.decode import MAX_PIXELS
-from shardsight.lineup import Lineup
-from shardsight.load import Load
-from shardsight.models import ModelDied
-from shardsight.records import ROW, Failure, frame_of
+from serve.guard import MOST_BYTES, Guard, Problem, digest, fault, too_large
+from serve.models import Detector, Speaker, Thresholds, pack, unpack
+from shardsight.decode.frames import Load
+from shardsight.decode.pictures import MAX_PIXELS
+from shardsight.models import lineup
+from shardsight.models.info import ModelDied
+from shardsight.models.lineup import Lineup
+from shardsight.row import ROW, Failure, frame_of
 from shardsight.settings import Class, Models
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
 
 # Read by Serve's proxies, where Ray is started from here.
-os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.safety:outside")
+os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.guard:outside")
 
 PAGE = Path(__file__).parent / "page"
 PICTURES_FIELD = "image"

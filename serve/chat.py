@@ -10,8 +10,8 @@ from fastapi import FastAPI, Path
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.safety import Problem
-from shardsight.paligemma.prompts import Prompt, PromptError
+from serve.guard import Problem
+from shardsight.models.paligemma.prompts import Prompt, PromptError
 
 if TYPE_CHECKING:
     from serve.app import Door

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.chat import EXAMPLE
-from serve.safety import Problem
+from serve.guard import Problem
 
 if TYPE_CHECKING:
     from serve.app import Door

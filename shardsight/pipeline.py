@@ -13,10 +13,10 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from shardsight.careful import Careful
-from shardsight.load import Load, let_signals_kill
-from shardsight.models import ModelDied
-from shardsight.results import Results, Written
+from shardsight.decode.frames import Load, let_signals_kill
+from shardsight.isolate import Careful
+from shardsight.models.info import ModelDied
+from shardsight.results.writer import Results, Written
 from shardsight.sources import Unit
 
 # A file is written when it is full, or at the latest after so long: what a kill can cost.
@@ -67,11 +67,11 @@ class Annotator:
     def __init__(self, stage: Stage) -> None:
         let_signals_kill()
         if stage.kind == "yolo":
-            from shardsight.yolo import Yolo
+            from shardsight.models.yolo.model import Yolo
 
             self.model: Any = Yolo(**stage.arguments, threads=stage.threads)
         else:
-            from shardsight.paligemma.engine import PaliGemma
+            from shardsight.models.paligemma.engine import PaliGemma
 
             memory = 0.9 * (stage.gpus or 1)  # of the GPU that it may share with another model
             self.model = PaliGemma(**stage.arguments, threads=stage.threads, memory=memory)

@@ -18,7 +18,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from shardsight.paligemma.prompts import Prompt
+from shardsight.models.paligemma.prompts import Prompt
 from shardsight.sources import absolute
 from shardsight.storage import OPTIONS
 

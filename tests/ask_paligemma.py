@@ -49,8 +49,8 @@ def ask(asked: list[Asked], folder: Path, stock: bool = False) -> list[Answered]
 def main(folder: Path) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from shardsight.paligemma import engine
-    from shardsight.paligemma.prompts import Prompt
+    from shardsight.models.paligemma import engine
+    from shardsight.models.paligemma.prompts import Prompt
 
     preempted = 0
     original = Scheduler._preempt_request

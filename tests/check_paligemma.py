@@ -13,12 +13,12 @@ from vllm import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
-from shardsight.load import TABLE
-from shardsight.models import ModelDied, ModelError
-from shardsight.paligemma.engine import Generated, PaliGemma
-from shardsight.paligemma.prefix import Prefix, split, unsuited
-from shardsight.paligemma.prompts import Prompt
-from shardsight.records import Failure
+from shardsight.decode.frames import TABLE
+from shardsight.models.info import ModelDied, ModelError
+from shardsight.models.paligemma.engine import Generated, PaliGemma
+from shardsight.models.paligemma.prefix import Prefix, split, unsuited
+from shardsight.models.paligemma.prompts import Prompt
+from shardsight.row import Failure
 from tests.conftest import WEIGHTS
 from tests.small_paligemma import make, pictures
 

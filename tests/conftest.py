@@ -23,13 +23,13 @@ import duckdb
 import hypothesis
 import pytest
 
-from shardsight.demo.scenes import Scene, scenes
-from shardsight.demo.writers import jpeg
+from demo.scenes import Scene, scenes
+from demo.writers import jpeg
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-WEIGHTS = ROOT / "shardsight" / "demo" / "weights"
-# Found without importing ultralytics, which shardsight.yolo has to do first.
+WEIGHTS = ROOT / "demo" / "weights"
+# Found without importing ultralytics, which shardsight.models.yolo.model has to do first.
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]

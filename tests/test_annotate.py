@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardsight.records import ROW
+from shardsight.row import ROW
 from tests.conftest import PHOTOGRAPHS, WEIGHTS, job_of, rows_of, start_job, write_tar
 
 Annotate = Callable[..., tuple[int, str]]

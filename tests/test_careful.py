@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardsight import careful
-from shardsight.careful import Careful, Hopeless
-from shardsight.load import Load
-from shardsight.models import inspect
+from shardsight import isolate as careful
+from shardsight.decode.frames import Load
+from shardsight.isolate import Careful, Hopeless
+from shardsight.models.info import inspect
 from shardsight.pipeline import Annotator, Stage
-from shardsight.records import Failure
+from shardsight.row import Failure
 from shardsight.sources import Unit
 from shardsight.storage import Storage
 from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
@@ -52,7 +52,7 @@ def test_records_that_end_their_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each becomes one error row, in every kind of input and in every stage, and costs no neighbour its row."""
-    monkeypatch.setattr("shardsight.lineup.Load", DeadlyLoad)
+    monkeypatch.setattr("shardsight.models.lineup.Load", DeadlyLoad)
     monkeypatch.setattr("shardsight.pipeline.Annotator", DeadlyAnnotator)
     folder = tmp_path / "in"
     folder.mkdir()

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsight.coverage import Coverage, Hashes, among, hashes, merge
+from shardsight.results.coverage import Coverage, Hashes, among, hashes, merge
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda r: (r[0], r[0] + r[1])))
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from shardsight.decode import MAX_PIXELS, decode
-from shardsight.records import Failure
+from shardsight.decode.pictures import MAX_PIXELS, decode
+from shardsight.row import Failure
 from tests.conftest import PHOTOGRAPHS
 from tests.test_annotate import huge_png
 

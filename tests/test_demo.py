@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from shardsight.demo.scenes import COLOURS, KINDS, Scene, scene, scenes
-from shardsight.demo.writers import FORMATS, TASKS, write
+from demo.scenes import COLOURS, KINDS, Scene, scene, scenes
+from demo.writers import FORMATS, TASKS, write
 
 
 def test_same_seed_same_scene() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
 
-from shardsight.demo.paligemma_data import SIZE, draw, draw_shards
-from shardsight.demo.paligemma_model import PATCH, WIDTH, build, parameters, processor
-from shardsight.demo.paligemma_talk import LOOKS, PICTURE, Teacher, Writer, collate, mask_of, pack
-from shardsight.demo.paligemma_tower import GRID, augment, targets
-from shardsight.demo.questions import DETECT_ALL, about, detect, locations
-from shardsight.demo.scenes import KINDS
+from demo.paligemma_data import SIZE, draw, draw_shards
+from demo.paligemma_model import PATCH, WIDTH, build, parameters, processor
+from demo.paligemma_talk import LOOKS, PICTURE, Teacher, Writer, collate, mask_of, pack
+from demo.paligemma_tower import GRID, augment, targets
+from demo.questions import DETECT_ALL, about, detect, locations
+from demo.scenes import KINDS
 from tests.conftest import WEIGHTS
 
 FOLDER = WEIGHTS / "paligemma"

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsight.letterbox import Letterbox
+from shardsight.models.yolo.letterbox import Letterbox
 
 
 @given(

@@ -7,9 +7,9 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from shardsight import lineup
-from shardsight import load as loading
-from shardsight.load import Load
+from shardsight.decode import frames as loading
+from shardsight.decode.frames import Load
+from shardsight.models import lineup
 from shardsight.settings import Models
 from shardsight.sources import Record
 from shardsight.storage import Storage

@@ -8,9 +8,9 @@ import torch
 from pycocotools import mask as rle
 from torch.nn import functional as F
 
-from shardsight.demo.scenes import Scene
-from shardsight.demo.writers import coco_rle, mask_crops
-from shardsight.paligemma.masks import MaskDecoder, MaskEncoder, MaskError, paste
+from demo.scenes import Scene
+from demo.writers import coco_rle, mask_crops
+from shardsight.models.paligemma.masks import MaskDecoder, MaskEncoder, MaskError, paste
 from tests.conftest import WEIGHTS
 
 VQVAE = WEIGHTS / "paligemma" / "vae-oid.npz"

@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from pycocotools import mask as coco_mask
 
-from shardsight.demo.score import rle_of
-from shardsight.records import ROW
-from shardsight.yolo import Yolo
+from demo.score import rle_of
+from shardsight.models.yolo.model import Yolo
+from shardsight.row import ROW
 from tests.conftest import ROOT, WEIGHTS
 from tests.test_serve import ask, inputs, rows, service  # noqa: F401  (fixtures)
 from tests.test_yolo import annotated

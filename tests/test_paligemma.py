@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demo.scenes import scenes
+from demo.writers import jpeg
 from jobs.demo import PROMPTS as DEMO_PROMPTS
-from shardsight.decode import decode
-from shardsight.demo.scenes import scenes
-from shardsight.demo.writers import jpeg
-from shardsight.models import ModelError
-from shardsight.paligemma.model import fits, inspect
+from shardsight.decode.pictures import decode
+from shardsight.models.info import ModelError
+from shardsight.models.paligemma.info import fits, inspect
 from tests.ask_paligemma import ROOT, Answered, Asked, ask
 from tests.conftest import WEIGHTS
 from tests.small_paligemma import IMAGE_SIZE, PROMPTS, Reference, adapter, as_published, make, pictures
@@ -135,7 +135,7 @@ def test_inside_vllm() -> None:
 def test_refused_without_the_plugin(tmp_path: Path) -> None:
     """vLLM only logs that it could not load a plugin; the answers would be wrong."""
     model = make(tmp_path / "model")
-    code = f"from shardsight.paligemma.engine import PaliGemma; PaliGemma({str(model)!r}, max_tokens=8)"
+    code = f"from shardsight.models.paligemma.engine import PaliGemma; PaliGemma({str(model)!r}, max_tokens=8)"
     environment = os.environ | {"VLLM_PLUGINS": "none"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "vLLM did not load shardsight's plugin" in done.stderr
@@ -187,6 +187,6 @@ def test_folder_refused(spoil: Callable[[Path], None], said: str, tmp_path: Path
 
 def test_driver_stays_free_of_torch() -> None:
     """It would cost it seconds and half a gigabyte."""
-    code = "import sys, shardsight.paligemma.model, shardsight.paligemma.prompts; "
+    code = "import sys, shardsight.models.paligemma.info, shardsight.models.paligemma.prompts; "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

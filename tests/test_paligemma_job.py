@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shardsight.decode import decode
-from shardsight.paligemma.resolution import Route
-from shardsight.yolo import Yolo
+from shardsight.decode.pictures import decode
+from shardsight.models.paligemma.routing import Route
+from shardsight.models.yolo.model import Yolo
 from tests.conftest import job_of, rows_of
 from tests.small_paligemma import IMAGE_SIZE, Reference, make
 from tests.test_yolo import annotated

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsight.paligemma.prompts import Found, Prompt, PromptError, Vocabulary, decode_box, encode_box, find
+from shardsight.models.paligemma.prompts import Found, Prompt, PromptError, Vocabulary, decode_box, encode_box, find
 from tests.small_paligemma import tokenizer
 
 TOKENIZER = tokenizer()

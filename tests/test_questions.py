@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardsight.demo.questions import (
+from demo.questions import (
     DETECT_ALL,
     QUESTIONS,
     Seen,
@@ -20,9 +20,9 @@ from shardsight.demo.questions import (
     seen,
     segment,
 )
-from shardsight.demo.scenes import KINDS, Scene
-from shardsight.demo.score import answer_figures
-from shardsight.demo.writers import coco_rle
+from demo.scenes import KINDS, Scene
+from demo.score import answer_figures
+from demo.writers import coco_rle
 
 SHAPES = [
     Seen("star", "red", None, (0.5, 0.5, 1.0, 1.0), (0.75, 0.75)),

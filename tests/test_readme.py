@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from shardsight.demo.scenes import COLOURS, KINDS, WORDS
-from shardsight.demo.writers import TASKS
+from demo.scenes import COLOURS, KINDS, WORDS
+from demo.writers import TASKS
 from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, rows_of
 from tests.small_paligemma import make
 
@@ -88,7 +88,7 @@ def test_the_benchmarks_table_is_the_one_that_was_recorded() -> None:
 
 
 def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
-    """`jobs` and `tests` would collide with other packages of these names."""
+    """`jobs` and `tests` would collide with other packages of these names, and nobody installs the demo's models."""
     import sys
     import zipfile
 
@@ -100,7 +100,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"shardsight"}
-    assert "shardsight/demo/weights/detect.pt" in names
+    assert wheel.stat().st_size < 1 << 20
 
 
 def test_nothing_of_this_machine_is_committed() -> None:

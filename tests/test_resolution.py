@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.resolution import height
-from shardsight.demo.scenes import Scene, scenes
-from shardsight.paligemma.resolution import Route, lost
+from demo.scenes import Scene, scenes
+from shardsight.models.paligemma.routing import Route, lost
 
 SIZES = (224, 448)
 RULE = Route(SIZES, 224, small_box=16, lost_detail=0.08)

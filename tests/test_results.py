@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsight.coverage import Coverage, hashes
-from shardsight.load import TABLE
-from shardsight.records import FRAME, ROW
-from shardsight.results import Busy, Results, lock
+from shardsight.decode.frames import TABLE
+from shardsight.results.coverage import Coverage, hashes
+from shardsight.results.writer import Busy, Results, lock
+from shardsight.row import FRAME, ROW
 from shardsight.storage import Storage, StorageError
 from tests.conftest import S3, S3_KEY, S3_SECRET
 

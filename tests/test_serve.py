@@ -274,7 +274,7 @@ async def _swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def _guard(app: Any = _swallow, **changed: Any) -> Any:
-    from serve.safety import Guard, digest
+    from serve.guard import Guard, digest
 
     limits: dict[str, Any] = {"keys": [digest("one"), digest("two")], "max_bytes": 100, "deadline": 5.0, "room": 2}
     return Guard(app, **limits | {"routes": []} | changed)
@@ -377,7 +377,7 @@ def test_late_work_is_cancelled() -> None:
 @pytest.mark.parametrize("says, status", [(None, 503), (503, 503), (404, 404), (413, 413)])
 def test_what_the_proxy_says_of_a_door_that_is_not_there(says: int | None, status: int) -> None:
     """Nothing, or plain words of its own; and it is read from without an end. Callers get a problem all the same."""
-    from serve.safety import MOST_BYTES, Outside
+    from serve.guard import MOST_BYTES, Outside
 
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
         if says == 413:

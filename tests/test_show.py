@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 from jobs import show
-from shardsight.coverage import Coverage
-from shardsight.load import Load
-from shardsight.results import Results
+from shardsight.decode.frames import Load
+from shardsight.models.yolo.model import Yolo
+from shardsight.results.coverage import Coverage
+from shardsight.results.writer import Results
 from shardsight.sources import Listing, read
 from shardsight.storage import Storage
-from shardsight.yolo import Yolo
 from tests.conftest import WEIGHTS, write_tar
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shardsight.coverage import Coverage, Ranges
+from shardsight.results.coverage import Coverage, Ranges
 from shardsight.sources import InputError, Listing, Record, Unit, absolute, as_json, read
 from shardsight.storage import Storage
 from tests.conftest import write_tar

@@ -16,14 +16,14 @@ from pycocotools import mask as rle
 from ultralytics import YOLO
 from ultralytics.utils import nms
 
-from shardsight.demo.scenes import Scene, scene, scenes
-from shardsight.demo.score import average_precision, rle_of
-from shardsight.demo.writers import TASKS, jpeg
-from shardsight.load import Load
-from shardsight.models import ModelError, inspect
+from demo.scenes import Scene, scene, scenes
+from demo.score import average_precision, rle_of
+from demo.writers import TASKS, jpeg
+from shardsight.decode.frames import Load
+from shardsight.models.info import ModelError, inspect
+from shardsight.models.yolo.model import Yolo
 from shardsight.sources import Record
 from shardsight.storage import Storage
-from shardsight.yolo import Yolo
 from tests.conftest import PHOTOGRAPHS, WEIGHTS
 
 LOW = 0.05  # confidence: enough detections on photographs to compare, which the demo's weights never saw
@@ -203,7 +203,7 @@ def test_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
 def test_importing_is_quiet_and_changes_no_threads() -> None:
     """In a fresh process: no probe of the net, no telemetry, no single-threaded numpy for everybody else."""
     check = (
-        "import os, shardsight.yolo; from ultralytics.utils import ONLINE, SETTINGS; "
+        "import os, shardsight.models.yolo.model; from ultralytics.utils import ONLINE, SETTINGS; "
         "assert not ONLINE and not SETTINGS['sync']; "
         "assert os.environ['OMP_NUM_THREADS'] == str(os.cpu_count()); "
         "assert 'torchvision' not in __import__('sys').modules"

@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 from jobs import annotate
-from shardsight import lineup
-from shardsight.load import Load
+from shardsight.decode.frames import Load
+from shardsight.models import lineup
 from shardsight.sources import Record
 
 

@@ -242,8 +242,8 @@ def test_a_large_tar_in_little_memory(tmp_path: Path, jpegs: list[bytes], detect
 
 def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
     """A restart that finds them all done: under 300 MB in the driver, and under 20 s."""
-    from shardsight.records import PLACE, ROW, SECONDS
-    from shardsight.results import Results
+    from shardsight.results.writer import Results
+    from shardsight.row import PLACE, ROW, SECONDS
     from shardsight.storage import Storage
 
     folder, out = tmp_path / "in", tmp_path / "out"

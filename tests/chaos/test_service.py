@@ -12,8 +12,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from shardsight.demo.scenes import scenes
-from shardsight.demo.writers import jpeg
+from demo.scenes import scenes
+from demo.writers import jpeg
 from tests.chaos.service import Crowd, Service, pictures, running, within
 from tests.conftest import PHOTOGRAPHS, ROOT, WEIGHTS, rows_of, start_job
 from tests.test_annotate import mixed_inputs

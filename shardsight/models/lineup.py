@@ -1,0 +1,62 @@
+"""The models that a request names: what is known of each, what its class is started with, and what they all need."""
+
+from typing import Any
+
+from shardsight.decode.frames import Largest, Load
+from shardsight.models.info import ModelInfo, inspect
+from shardsight.models.paligemma import info as paligemma
+from shardsight.models.paligemma.info import PaliGemmaInfo
+from shardsight.models.paligemma.routing import Route
+from shardsight.settings import Models, UsageError
+from shardsight.storage import Storage
+
+Lineup = dict[str, ModelInfo | PaliGemmaInfo]  # by `yolo`, `paligemma`, `paligemma 448`
+
+
+def known(settings: Models) -> Lineup:
+    """What is known of each model, in the order in which pictures meet them. Raises ModelError, UsageError."""
+    models: Lineup = {}
+    if settings.yolo:
+        models["yolo"] = inspect(settings.yolo, settings.imgsz)
+    resolutions: dict[int, PaliGemmaInfo] = {}
+    for path in settings.paligemma:
+        info = paligemma.inspect(path, settings.revision)
+        size = info.input.size
+        if size in resolutions:
+            raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
+        resolutions[size] = info
+    if settings.resolution != "auto" and resolutions:
+        size = int(settings.resolution)
+        if size not in resolutions:
+            sizes = " and ".join(map(str, sorted(resolutions)))
+            raise UsageError(f"--resolution {size}: no --paligemma sees {size} pixels, only {sizes}")
+        resolutions = {size: resolutions[size]}
+    for size in sorted(resolutions):
+        models[f"paligemma {size}" if "paligemma" in models else "paligemma"] = resolutions[size]
+    return models
+
+
+def arguments(models: Lineup, settings: Models) -> dict[str, dict[str, Any]]:
+    """What each model's class is started with, by name."""
+    yolo = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
+    found: dict[str, dict[str, Any]] = {}
+    sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
+    for name, model in models.items():
+        if isinstance(model, PaliGemmaInfo):
+            route = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
+            own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
+            own |= {"prompts": settings.prompt, "regions": settings.on == "regions"}
+            own |= {"route": route if len(sizes) > 1 else None}
+        else:
+            own = {name: getattr(settings, name) for name in yolo}
+        found[name] = {"model": model.path, **own, "keep_frames": name != list(models)[-1]}
+    return found
+
+
+def load(models: Lineup, settings: Models, storage: Storage, keep_images: bool = False) -> Load:
+    """Reading and decoding, at the size that these models need."""
+    inputs = tuple(model.input for model in models.values())
+    whole = settings.on == "regions"  # are cut out of the original
+    return Load(
+        storage, inputs[0] if len(inputs) == 1 else Largest(inputs), settings.scaled_decode and not whole, keep_images
+    )
