@@ -132,18 +132,23 @@ def _pass(
     plan = pipeline.plan(lineup.arguments(models, settings), actors, settings.gpus_per_actor)
     rows = pipeline.flow(units, load, plan, careful)
     written: Written
-    totals = dict(done.totals)
-    with Progress(done.positions, _expected(listing, totals)) as progress:
+    totals = _totals(done)
+    with Progress(done.places, _expected(listing, totals)) as progress:
         try:
             for count, finished in pipeline.run(rows, results, settings.rows_per_file):
                 for written in finished:
-                    totals |= written.coverage.totals
+                    totals |= _totals(written.coverage)
                     for stage, spent in written.stages.items():
                         stages[stage].update(spent)
                 progress.total = _expected(listing, totals) if finished else progress.total
                 progress.add(count, sum(written.coverage.errors.total() for written in finished))
         except RayTaskError as error:  # of the careful pass, as others leave out what fails
             raise Stopped(" ".join(str(error.cause).split())) from error
+
+
+def _totals(done: Coverage) -> dict[str, int]:
+    """Unit → how many records it has, where that is known."""
+    return {name: unit.total for name, unit in done.units.items() if unit.total is not None}
 
 
 def _expected(listing: Listing, totals: dict[str, int]) -> int | None:
@@ -209,11 +214,11 @@ def _account(
         errors.setdefault(stage, {})[type] = count
     complete = all(map(done.complete, listing.units)) and listing.files.within(done.files)
     return {
-        "inputs": len(listing.files) + sum(done.totals.get(unit, 0) for unit in listing.units),
+        "inputs": len(listing.files) + sum(_totals(done).get(unit, 0) for unit in listing.units),
         "rows": done.rows,
         "resumed_rows": before,
         "errors": errors,
-        "exactly_once": complete and done.rows == done.positions,
+        "exactly_once": complete and done.rows == done.places,
         "seconds": round(seconds, 3),
         "rows_per_second": round((done.rows - before) / seconds, 3),
         "stages": {

@@ -54,7 +54,7 @@ class Careful:
                         continue
                     assert current
                     yield self.annotate(content, current.id)
-                    done.append(current.position)
+                    done.append(current.index)
                     current = None
                 return
             except ENDED as error:
@@ -67,7 +67,7 @@ class Careful:
                     continue
                 row = self.load.row(replace(record, failure=Failure("", "")))
                 yield self.condemn(self.load.table([row]), record.id, "decode" if current else "read", error)
-                unit = unit.without([record.position])
+                unit = unit.without([record.index])
                 if not current and unit.kind != "files":
                     return
 

@@ -181,6 +181,18 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+def place(unit: str | None, record: int, last: bool = False, frame: int = 0, frames: int | None = 1) -> dict[str, Any]:
+    """A row's place and what else is evidence, of a record of so many `frames`, None where that is not known yet."""
+    here = {
+        "unit": unit,
+        "record": record,
+        "last_record": last,
+        "frame_number": frame,
+        "last_frame": frame + 1 == frames,
+    }
+    return here | {"version": None, "ignored": None, "id": f"{unit}#{record}@{frame}", "error": None}
+
+
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """Every result row, by DuckDB, as a user reads them."""
     relation = duckdb.sql(f"select * from '{out}/results/*.parquet'")

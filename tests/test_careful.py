@@ -118,7 +118,7 @@ def test_a_process_that_was_killed_once_condemns_nobody(
     write_tar(tmp_path / "a.tar", [(f"{index}.jpg", data) for index, data in enumerate(jpegs[:4])])
     unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(2, 3)])
     rows = carefully(unit, Unlucky(Storage(), inspect(str(detector)).input))
-    assert [(row["position"], row["error"], row["last"]) for row in rows] == [
+    assert [(row["record"], row["error"], row["last_record"]) for row in rows] == [
         (0, None, False),
         (1, None, False),
         (3, None, True),
@@ -136,7 +136,7 @@ def test_reading_that_ends_the_process_ends_the_unit(
 
     unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(0, 2)])
     (row,) = carefully(unit, Load(Unreadable(), inspect(str(detector)).input))
-    assert (row["unit"], row["position"], row["last"]) == (unit.uri, 2, True)
+    assert (row["unit"], row["record"], row["last_record"]) == (unit.uri, 2, True)
     assert row["error"]["stage"] == "read" and row["id"] == f"{unit.uri}#2"
 
 

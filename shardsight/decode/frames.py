@@ -1,6 +1,7 @@
 """Units → tables of decoded frames: reading and decoding in one process, with no copy between them."""
 
 import ctypes
+import json
 import pickle
 import signal
 import time
@@ -76,7 +77,12 @@ class Load:
         row: dict[str, Any] = {
             **{"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None},
             **{"image": record.data if self.keep_images else None},
-            **{"unit": record.unit, "position": record.position, "last": record.last},
+            **{"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version},
+            **{
+                "frame_number": 0,
+                "last_frame": True,
+                "ignored": json.dumps(record.ignored) if record.ignored else None,
+            },
             **{"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]},
         }
         if record.failure:

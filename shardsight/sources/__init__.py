@@ -66,19 +66,23 @@ class Unit:
 
 @dataclass(frozen=True)
 class Record:
-    """One input. unit and position are its place; `data`, encoded, or `failure` why there is none.
+    """One input. unit and index are its place; `data`, encoded, or `failure` why there is none.
 
-    last: nothing of its unit comes after it. seconds: what reading it took, clock and CPU.
+    last: nothing of its unit comes after it. version: of the file that it is read from, where one is known. ignored:
+    with the last one, how many entries of the unit hold no picture, by reason. seconds: what reading it took, clock
+    and CPU.
     """
 
     unit: str | None
-    position: int
+    index: int
     id: str
     uri: str
     data: bytes | None = None
     failure: Failure | None = None
     metadata: str | None = None
     last: bool = False
+    version: str | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
     seconds: tuple[float, float] = (0.0, 0.0)
 
 
@@ -131,7 +135,7 @@ class Listing:
                     room -= unit.stop or 0
                 self.units.append(name)
                 if not done.complete(name):
-                    yield replace(unit, skip=done.units.get(name, []))
+                    yield replace(unit, skip=done.units[name].records if name in done.units else [])
         if waiting:
             yield Unit("files", files=tuple(waiting))
 
@@ -281,7 +285,7 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
         try:
             for record in reader(unit, storage, lambda position: payload and wanted(position)):
                 yield record
-                position = record.position + 1
+                position = record.index + 1
         except Failure as failure:
             yield Record(name, position, name, name, failure=failure)
             return
@@ -293,7 +297,7 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
 
     wanted = _Wanted(unit.skip)
     for record in _timed(_with_last(records(), unit.stop)):
-        if wanted(record.position):
+        if wanted(record.index):
             yield record
 
 
