@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
+from shardsight.errors import UsageError
 from shardsight.results.coverage import Coverage, Hashes, Ranges, hashes, merge
 from shardsight.row import Failure, digest
 from shardsight.storage import Storage, explain, is_remote
@@ -38,7 +39,7 @@ AHEAD = 16  # remote files asked for at once
 _SAMPLE = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """The request names something that cannot be read: one sentence for the user."""
 
 
