@@ -34,6 +34,8 @@ def join(verbose: bool = False) -> bool:
     except Exception as error:
         raise UsageError(_why_not(error)) from error
     if not verbose:
+        import ray.data  # which configures its logging when it is imported
+
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return address == "local"
 
