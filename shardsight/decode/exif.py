@@ -40,9 +40,10 @@ def is_big(data: bytes) -> bool:
 def orientation(exif: bytes) -> int | None:
     """1 to 8 (1 for any other number); None where the block says nothing of it.
 
-    Two bytes of the value count, whatever type the entry claims, as in OpenCV and so in ultralytics.
+    Two bytes of the value count, whatever type the entry claims, and the other two may be missing, as in
+    OpenCV and so in ultralytics.
     """
-    for _, tag, _, _, value in entries(exif):
+    for _, tag, _, _, value in entries(exif + b"\0\0"):
         if tag == ORIENTATION:
             (found,) = struct.unpack_from(byte_order(exif) + "H", value)
             return found if 1 <= found <= 8 else 1

@@ -56,6 +56,7 @@ _UNSUPPORTED = [
 _NOT_OPENED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS", "SPIDER"}
 _NOT_OPENED |= {"IPTC", "MCIDAS", "PCD", "IMT", "XVTHUMB"}
 _NOT_SUPPORTED = ("unsupported", "not supported", "unknown", "unimplemented", "cannot handle", "unrecognized")
+_JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1")
 
@@ -71,7 +72,7 @@ def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, in
     """
     if not data:
         raise Failure("EmptyFile", "the file holds no bytes")
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:3] == _JPEG:
         jpeg = Jpeg.read(data)
         _check_size(jpeg.width, jpeg.height)
         decoded = jpeg.decode(enough)
@@ -83,6 +84,23 @@ def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, in
     else:
         frame = _decode_any(data)
     return frame, frame.shape[1], frame.shape[0]
+
+
+def stored_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a picture before it is turned, by its header alone.
+
+    None where that cannot be read, or says more than MAX_PIXELS: there decode raises its Failure.
+    """
+    try:
+        if data[:3] == _JPEG:
+            jpeg = Jpeg.read(data)
+            return jpeg.width, jpeg.height
+        if exif.byte_order(data):
+            layout = Layout.read(data)
+            return layout.width, layout.height
+        return _size(data) or _open(_bare_png(data)[0] if data.startswith(_PNG) else data).size
+    except Failure:
+        return None
 
 
 def _decode_odd_jpeg(jpeg: Jpeg) -> np.ndarray:
@@ -102,7 +120,7 @@ def _decode_tiff(data: bytes) -> np.ndarray:
     layout.check()
     unsupported = Failure("UnsupportedImage", f"{layout} cannot be decoded; convert it to PNG")
     try:
-        if layout.pillow_errs:
+        if layout.pillow_errs or data[:4] == b"MM\0+":  # Pillow 13 reads a big-endian BigTIFF as an ordinary one
             raise unsupported
         return exif.upright(_pillow_tiff(data, layout, unsupported), layout.orientation)
     except Failure:
@@ -130,14 +148,14 @@ def _decode_any(data: bytes) -> np.ndarray:
     try:
         image = _open(data)
         if image.format in ("WEBP", "AVIF"):
-            block = image.info.get("exif", b"")
+            block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
         frame = _rgb(image)
     except Failure:
         shown = _despite_metadata(data)
         if shown is None:
             raise
         frame = shown
-    return exif.upright(frame, exif.orientation(block.removeprefix(b"Exif\0\0")) or 1)
+    return exif.upright(frame, exif.orientation(block) or 1)
 
 
 def _despite_metadata(data: bytes) -> np.ndarray | None:
@@ -164,7 +182,7 @@ def _open(data: bytes) -> Image.Image:
     failure = None
     for name in Image.ID:
         factory, accept = Image.OPEN[name]
-        accepted = accept(data[:16]) if accept else True
+        accepted = accept(data[:16].ljust(16, b"\0")) if accept else True
         if name in _NOT_OPENED or not accepted or isinstance(accepted, str):
             continue
         try:
@@ -174,6 +192,8 @@ def _open(data: bytes) -> Image.Image:
                 failure = _failure(name, error)
             continue
         _check_size(*image.size)
+        if 0 in image.size:
+            raise Failure("CorruptImage", f"{name}: a picture without pixels")
         return image
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
         return _open_heif(data)
@@ -206,7 +226,7 @@ def _failure(name: str, error: Exception) -> Failure:
         kind = "UnsupportedImage"
     else:
         kind = "CorruptImage"
-    return Failure(kind, f"{name}: {error or type(error).__name__}")
+    return Failure(kind, f"{name}: {str(error) or type(error).__name__}")
 
 
 def _rgb(image: Image.Image, bits: int = 16) -> np.ndarray:
@@ -248,7 +268,7 @@ def _bare_png(data: bytes) -> tuple[bytes, bytes]:
         payload = data[at + 8 : end - 4]
         sound = zlib.crc32(kind + payload).to_bytes(4) == data[end - 4 : end] if kind in (b"eXIf", b"tRNS") else False
         if kind == b"eXIf" and sound:
-            block = payload
+            block = block or payload
         # The case of the first letter tells critical chunks from others.
         if kind[:1].isupper() or (sound and not pixels and kind == b"tRNS" and _is_transparency(data[25], payload)):
             kept.append(data[at:end])
