@@ -224,6 +224,11 @@ def test_any_ancillary_chunk(name: str, payload: bytes, wrong: bool, at: int) ->
         assert (decode(PNG[:at] + chunk(first + kind, payload, wrong) + PNG[at:])[0] == STORED).all()
 
 
+def test_a_png_without_a_header() -> None:
+    with pytest.raises(Failure):
+        decode(PNG[:8] + chunk(b"tRNS", b"ab"))
+
+
 def test_exif_in_png() -> None:
     for at in (33, BEFORE, AFTER):
         for extra in (

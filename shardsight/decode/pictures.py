@@ -14,19 +14,19 @@ from shardsight.row import Failure
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 512 MiB of RGB
 
-_DECODED = """
+_DECODED_ENDINGS = """
     jpg jpeg jpe jfif mpo png apng webp gif avif avifs heic heif hif heics heifs bmp dib tif tiff btf tf8
     jp2 j2k j2c jpc jpf jpx pbm pgm ppm pnm tga icb vda vst ico cur icns psd qoi dds pcx dcx sgi rgb rgba bw
     ras xbm xpm fli flc msp blp ftc ftu gbr im pxr
 """
 # Pictures too, and each an UnsupportedImage: raw photographs, floating-point numbers, drawings, and codecs
 # that neither Pillow nor OpenCV has.
-_NAMED = """
+_UNSUPPORTED_ENDINGS = """
     dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f erf kdc mrw 3fr mef iiq rwl
     pfm hdr exr fits svg svgz eps wmf emf jxl jxr wdp hdp xcf dcm djvu bpg flif
 """
 # The file endings, lower case and with their dot, of what is a picture by its name.
-ENDINGS = frozenset(f".{ending}" for ending in (_DECODED + _NAMED).split())
+ENDINGS = frozenset(f".{ending}" for ending in (_DECODED_ENDINGS + _UNSUPPORTED_ENDINGS).split())
 
 # (where, bytes, name) of pictures that are known, and not decoded.
 _UNSUPPORTED = [
@@ -120,11 +120,11 @@ def _decode_tiff(data: bytes) -> np.ndarray:
     layout.check()
     unsupported = Failure("UnsupportedImage", f"{layout} cannot be decoded; convert it to PNG")
     try:
-        if layout.pillow_errs or data[:4] == b"MM\0+":  # Pillow 13 reads a big-endian BigTIFF as an ordinary one
+        if layout.pillow_misreads or data[:4] == b"MM\0+":  # Pillow 13 reads a big-endian BigTIFF as an ordinary one
             raise unsupported
         return exif.upright(_pillow_tiff(data, layout, unsupported), layout.orientation)
     except Failure:
-        frame = _opencv(data, cv2.IMREAD_COLOR_RGB) if layout.opencv_shows else None  # upright already
+        frame = _opencv(data, cv2.IMREAD_COLOR_RGB) if layout.opencv_reads else None  # upright already
         if frame is None:
             raise
         return frame
@@ -159,7 +159,7 @@ def _decode_any(data: bytes) -> np.ndarray:
 
 
 def _despite_metadata(data: bytes) -> np.ndarray | None:
-    """By OpenCV, which minds metadata less than Pillow does, and shows no truncated picture. None where it cannot."""
+    """By OpenCV, less strict about metadata than Pillow, and no less about truncation. None where it fails."""
     size = _size(data)
     if size is None:
         return None
@@ -270,16 +270,16 @@ def _bare_png(data: bytes) -> tuple[bytes, bytes]:
         if kind == b"eXIf" and sound:
             block = block or payload
         # The case of the first letter tells critical chunks from others.
-        if kind[:1].isupper() or (sound and not pixels and kind == b"tRNS" and _is_transparency(data[25], payload)):
+        if kind[:1].isupper() or (sound and not pixels and kind == b"tRNS" and _is_transparency(data[25:26], payload)):
             kept.append(data[at:end])
         pixels = pixels or kind == b"IDAT"
         at = len(data) if kind == b"IEND" else end
     return b"".join(kept), block
 
 
-def _is_transparency(colours: int, payload: bytes) -> bool:
-    """PNG's colour types 0 (grey), 2 (RGB) and 3 (palette) alone have the chunk."""
-    return colours == 3 if colours not in (0, 2) else len(payload) == {0: 2, 2: 6}[colours]
+def _is_transparency(colour_type: bytes, payload: bytes) -> bool:
+    """Of PNG's colour types, 0 (grey), 2 (RGB) and 3 (palette) alone have the chunk."""
+    return len(payload) in {b"\0": (2,), b"\2": (6,), b"\3": range(1, 257)}.get(colour_type, ())
 
 
 def _size(data: bytes) -> tuple[int, int] | None:

@@ -80,8 +80,8 @@ class Layout:
             raise Failure("UnsupportedImage", f"{self}; at most 16 are decoded")
 
     @property
-    def pillow_errs(self) -> bool:
-        """Pillow 13 shows other pixels, and no error."""
+    def pillow_misreads(self) -> bool:
+        """Pillow 13 decodes wrong pixels, without an error."""
         planes = self.separate and self.bands > 1
         return (
             (self.bits == 16 and (planes or self.colours == _WHITE_IS_ZERO))
@@ -90,8 +90,11 @@ class Layout:
         )
 
     @property
-    def opencv_shows(self) -> bool:
-        """OpenCV 5 shows the right pixels, if any. It multiplies by alpha, and of grey bands it takes the first."""
+    def opencv_reads(self) -> bool:
+        """OpenCV 5 decodes the right pixels or none.
+
+        Left out: alpha, by which it multiplies, and three and more grey bands, of which it takes the first.
+        """
         if self.bits not in (1, 8, 16) or {1, 2} & set(self.extra):
             return False
         if self.colours in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
