@@ -15,7 +15,7 @@ import pytest
 from shardsight import isolate as careful
 from shardsight.decode.frames import Load
 from shardsight.isolate import Careful, Hopeless
-from shardsight.models.info import inspect
+from shardsight.models.yolo.info import inspect
 from shardsight.pipeline import Annotator, Stage
 from shardsight.row import Failure
 from shardsight.sources import Unit
