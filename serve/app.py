@@ -135,7 +135,7 @@ def app(arguments: Arguments) -> serve.Application:
             logging_config={"enable_access_log": False},  # safety.py writes it
             autoscaling_config={"min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": 32},
             ray_actor_options={"num_cpus": 0 if arguments.gpus else 0.5, "num_gpus": arguments.gpus},
-        ).bind(own | {"threads": threads, "keep_frames": False})  # Door has them
+        ).bind(own | {"threads": threads})
     found: serve.Application = Door.bind(arguments, models, [digest(key) for key in keys if key], bound)  # type: ignore
     return found
 
