@@ -77,7 +77,7 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
     shown = "All of them." if len(items) == good else f"{len(items):,} of {good:,}, evenly spread; --count shows more."
     return {
         "title": out.rpartition("/")[2],
-        "subtitle": " · ".join([*models, job["started"].replace("T", " "), job["status"]]),
+        "subtitle": " · ".join([*models, job["started"].replace("T", " ").replace("+00:00", " UTC"), job["status"]]),
         "numbers": _numbers(job, counts),
         "layers": counts.layers(job["configuration"].get("prompt") or []),
         "errors": counts.error_kinds(),

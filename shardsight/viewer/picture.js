@@ -143,12 +143,16 @@ const ruler = document.createElement("canvas").getContext("2d");
 /** The picture of `row`, from `src`, and what `view` lets be seen of it. small: labels without scores, as on a card. */
 export class Picture {
   constructor(view, { small = false } = {}) {
-    Object.assign(this, { view, small, row: null });
+    Object.assign(this, { view, small, row: null, size: { width: 0, height: 0 } }); // size: CSS pixels on the screen
     this.image = svg("image", { preserveAspectRatio: "none" });
     this.marks = svg("g", { class: "marks" });
     this.title = svg("title");
     this.root = svg("svg", { class: "picture", role: "img" }, this.title, this.image, this.marks);
-    new ResizeObserver(() => this.draw()).observe(this.root);
+    const resized = ([entry]) => {
+      this.size = entry.contentRect; // asking each picture while others change would lay out the page each time
+      this.draw();
+    };
+    new ResizeObserver(resized).observe(this.root);
   }
 
   show(row, src) {
@@ -164,9 +168,9 @@ export class Picture {
 
   /** All anew: which marks are seen may have changed, or the size on the screen that text and lines are drawn for. */
   draw() {
-    const { row, view } = this;
-    if (!row?.width || !this.root.clientWidth) return;
-    const unit = 1 / Math.min(this.root.clientWidth / row.width, this.root.clientHeight / row.height); // a CSS pixel
+    const { row, view, size } = this;
+    if (!row?.width || !size.width || !size.height) return;
+    const unit = Math.max(row.width / size.width, row.height / size.height); // a CSS pixel, in the picture's
     const seen = view.seen(row);
     this.title.textContent = `${row.id}: ${countLabels(seen.map(({ one }) => labelOf(one)))}`;
     const groups = seen.map((mark) => this.mark(mark, unit));
@@ -203,7 +207,7 @@ export class Picture {
 
   /** Labels, the surest first; one that finds no free place is left to the table of the row. */
   tags(seen, unit) {
-    const size = this.small || this.root.clientWidth < 500 ? 11 : 13;
+    const size = this.small || this.size.width < 500 ? 11 : 13;
     ruler.font = `600 ${size}px ${FONT}`;
     const several = new Set(seen.map(({ layer }) => layer.key)).size > 1;
     const wanted = surestFirst(this.small ? withoutRepeats(seen) : seen).map((mark) => {
