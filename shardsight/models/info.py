@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from shardsight.errors import UsageError
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 
 
-class ModelError(Exception):
+class ModelError(UsageError):
     """Weights that cannot be used: one sentence for the user."""
 
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 from shardsight.decode.frames import Largest, Load
+from shardsight.errors import UsageError
 from shardsight.models.info import ModelInfo, inspect
 from shardsight.models.paligemma import info as paligemma
 from shardsight.models.paligemma.info import PaliGemmaInfo
 from shardsight.models.paligemma.routing import Route
-from shardsight.settings import Models, UsageError
+from shardsight.settings import Models
 from shardsight.storage import Storage
 
 Lineup = dict[str, ModelInfo | PaliGemmaInfo]  # by `yolo`, `paligemma`, `paligemma 448`
