@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shardsight.decode.pictures import decode
+from shardsight.errors import UsageError
 from shardsight.results.writer import Results
 from shardsight.row import Failure
-from shardsight.settings import UsageError
 from shardsight.sources import Unit, read
 from shardsight.storage import Storage, StorageError, explain, is_remote
 from shardsight.viewer.page import page, thumbnail
@@ -172,8 +172,9 @@ def _numbers(job: Mapping[str, Any], counts: _Counts) -> list[dict[str, Any]]:
         numbers["rows per second"] = f"{job['rows_per_second']:,.1f}", None
     if "exactly_once" in job:
         numbers["each input exactly once"] = "yes" if job["exactly_once"] else "no", job["exactly_once"]
-    for reason, number in (job.get("ignored") or {}).items():
-        numbers[f"left out: {reason}"] = f"{number:,}", None
+    for reason, number in job.get("ignored", {}).items():
+        if number:
+            numbers[f"left out: {reason}"] = f"{number:,}", None
     return [{"name": name, "value": value, "good": good} for name, (value, good) in numbers.items()]
 
 
@@ -196,19 +197,20 @@ def _chosen(files: list[tuple[str, np.ndarray]], count: int, storage: Storage) -
 def _pictures(rows: list[dict[str, Any]], storage: Storage, side: int) -> dict[str, dict[str, str | None]]:
     """Of each row's id its `picture`, or the `problem` of it. Each tar and Parquet file is read once."""
     found = {row["id"]: _shown(row["image"], side) for row in rows if row["image"] is not None}
-    units: dict[str, list[str]] = defaultdict(list)
-    loose: dict[str, list[str]] = defaultdict(list)
+    inside: dict[str, list[str]] = defaultdict(list)  # of a tar or Parquet file
+    loose: dict[bool, dict[str, str]] = defaultdict(dict)  # by whether in a store: id → uri
     for row in rows:
         id, uri = row["id"], row["uri"]
         if id not in found and id.startswith(f"{uri}#"):
-            units[uri].append(id)
+            inside[uri].append(id)
         elif id not in found:
-            loose[uri].append(id)
-    for uri, ids in units.items():
+            loose[is_remote(uri)][id] = uri
+    for uri, ids in inside.items():
         found |= _of_unit(Unit("parquet" if uri.lower().endswith(".parquet") else "tar", uri), ids, storage, side)
-    for uri, ids in loose.items():
-        (picture,) = _of_unit(Unit("files", files=(uri,)), [uri], storage, side).values()
-        found |= dict.fromkeys(ids, picture)
+    for uris in loose.values():
+        several = list(dict.fromkeys(uris.values()))
+        by_uri = _of_unit(Unit("files", files=tuple(several)), several, storage, side)
+        found |= {id: by_uri[uri] for id, uri in uris.items()}
     return found
 
 
@@ -221,7 +223,7 @@ def _of_unit(unit: Unit, ids: list[str], storage: Storage, side: int) -> dict[st
         for record in read(unit, storage):
             if record.id in missing:
                 del missing[record.id]
-                found[record.id] = _shown(record.data, side) if record.data else _absent(record.failure)
+                found[record.id] = _shown(record.data, side) if record.data is not None else _absent(record.failure)
             if not missing:
                 break
     except Exception as error:  # of the store
