@@ -31,6 +31,7 @@ from tests.test_show import HOSTILE, detection, row
 from tests.test_yolo import annotated
 
 pytestmark = pytest.mark.slow
+expect.set_options(timeout=60_000)  # ms; a model's first answer takes its time on a busy machine
 
 ADDRESS = "http://localhost"
 FOLDERS = {"page": ROOT / "serve" / "page", "viewer": Path(shardsight.viewer.__file__).parent}
@@ -435,6 +436,22 @@ def test_everything_of_a_row(report: Callable[..., Page]) -> None:
     assert page.locator("dialog .mark.pointed").get_attribute("data-index") == "1"
     shown = json.loads(page.locator("dialog pre").last.text_content() or "")
     assert shown == whole
+
+
+def test_classes(report: Callable[..., Page]) -> None:
+    """Of a classifier's job each card says its best class, which labels and score filter as they do boxes."""
+    ranked = [
+        {"label": name, "class_id": n, "score": score} for n, (name, score) in enumerate([("cat", 0.7), ("dog", 0.2)])
+    ]
+    layer = {"key": "classes", "name": "YOLO's best class", "labels": [["cat", 1], ["dog", 1]], "scores": [0] * 20}
+    rows_of_classes = [row("a.jpg", detections=None, classes=ranked), row("b.jpg", detections=None, classes=ranked[1:])]
+    page = report(rows_of_classes, layers=[layer])
+    expect(page.locator(".card .words")).to_have_text(["cat 0.70", "dog 0.20"])
+    page.get_by_label("Only pictures with something shown").check()
+    page.locator(".labels").get_by_label("dog").uncheck()
+    expect(page.locator(".card:visible")).to_have_count(1)
+    page.get_by_label("Least score").fill("0.8")
+    expect(page.locator(".card:visible")).to_have_count(0)
 
 
 def test_hostile_names(report: Callable[..., Page]) -> None:

@@ -96,11 +96,13 @@ function select(entry) {
   $("figure").hidden = !row.width;
   picture.show(row, entry.url);
   shownFilters?.stop();
-  shownFilters = filters(view, statistics([row]));
+  const layers = statistics([row]);
+  shownFilters = filters(view, layers);
   $("filters").replaceChildren(shownFilters.root);
   details.show(row, { answers: false });
   $("details").replaceChildren(details.root);
-  $("filters-box").hidden = $("found-box").hidden = false;
+  $("filters-box").hidden = layers.length === 0;
+  $("found-box").hidden = false;
   $("curl").replaceChildren(copied(curl(entry)));
   drawStatus();
   drawQuestions();

@@ -34,6 +34,13 @@ export class View extends EventTarget {
       .filter(({ one }) => (one.score ?? 1) >= this.least && !this.hiddenLabels.has(labelOf(one)));
   }
 
+  /** Whether the filters leave anything of a row: a mark, or its best class. */
+  leaves(row) {
+    const best = this.hiddenLayers.has("classes") ? null : row.classes?.[0];
+    const isSeen = best && (best.score ?? 1) >= this.least && !this.hiddenLabels.has(labelOf(best));
+    return Boolean(isSeen) || this.seen(row).length > 0;
+  }
+
   change(changes) {
     Object.assign(this, changes);
     this.dispatchEvent(new Event("change"));
@@ -311,7 +318,7 @@ export class Gallery {
 
   update() {
     const kept = this.cards.filter((card) => {
-      card.root.hidden = this.onlySeen && !card.item.rows.some(({ row }) => this.view.seen(row).length);
+      card.root.hidden = this.onlySeen && !card.item.rows.some(({ row }) => this.view.leaves(row));
       card.old = true;
       return !card.root.hidden;
     });
