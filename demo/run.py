@@ -19,8 +19,7 @@ from demo.questions import DETECT_ALL
 from demo.scenes import Scene, scenes
 from demo.score import answer_figures, average_precision
 from demo.writers import jpeg, write
-from jobs import show
-from shardsight.cli import annotate
+from shardsight.cli import annotate, show
 
 SEED = 7
 EACH = 40  # scenes in the tars, in Parquet and in the folder
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     }.items():
         said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         print(f"{model} against the truth of {len(made)} scenes: {said}")
-    return show.main([str(results), "--page", str(out / "page.html")])
+    return show([str(results), "--page", str(out / "page.html")])
 
 
 def photographs() -> list[Path]:

@@ -196,6 +196,7 @@ class Door:
         swagger = importlib.resources.files("swagger_ui_bundle").joinpath("vendor")
         newest = max(Path(str(swagger)).glob("swagger-ui-*"))
         api.mount("/page", StaticFiles(directory=PAGE))
+        api.mount("/viewer", StaticFiles(packages=[("shardsight", "viewer")]))
         api.mount("/docs", StaticFiles(directory=newest))
         chat.add(api, self)
         tensors.add(api, self)

@@ -36,7 +36,7 @@ HEADERS = {
 }
 # What a browser loads before anyone can type a key, and what asks whether the server lives.
 OPEN = ("/", "/healthz", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready")
-OPEN_BELOW = ("/page/", "/docs/")
+OPEN_BELOW = ("/page/", "/viewer/", "/docs/")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 
 

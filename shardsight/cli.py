@@ -1,5 +1,6 @@
 """The command `shardsight`, for who installed the wheel; `jobs/` has the same commands for who has the repository."""
 
+import argparse
 import signal
 import sys
 from typing import Any
@@ -11,9 +12,11 @@ from shardsight.errors import UsageError
 from shardsight.job import JobError, JobInterrupted, run
 from shardsight.progress import Progress, summary
 from shardsight.settings import help_text, parse
+from shardsight.viewer import job as viewer
 
 COMMANDS = (
-    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH]; see also annotate --help"
+    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], or shardsight show OUT; "
+    "see also annotate --help and show --help"
 )
 
 
@@ -21,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "annotate":
         return annotate(rest, "shardsight annotate")
+    if command == "show":
+        return show(rest, "shardsight show")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -70,6 +75,26 @@ def _annotate(arguments: list[str]) -> int:
     if said:
         print(f"shardsight: {said}", file=sys.stderr)
     return code
+
+
+def show(arguments: list[str] | None = None, command: str = "python -m jobs.show") -> int:
+    """Write a job's page and print where it is; returns the exit code of the contract: 0 or 2."""
+    parser = argparse.ArgumentParser(prog=command, description="A job's results as a page to look at.")
+    parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
+    parser.add_argument("--page", metavar="PATH", help="OUT/page.html by default; ./page.html where OUT is in a store")
+    parser.add_argument("--count", metavar="N", type=int, default=24, help="pictures on the page; 24 by default")
+    parser.add_argument(
+        "--storage", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="of the store; as for the job"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        if wrong := [pair for pair in args.storage if "=" not in pair]:
+            raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
+        print(viewer.show(args.out, args.page, args.count, dict(pair.split("=", 1) for pair in args.storage)))
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _interrupt(*_: Any) -> None:

@@ -1,47 +1,223 @@
-"""The page: opens from a disk, shows what was found, and asks nothing of the net."""
+"""A job's page: what it says is what the results say, wherever they are, and it asks nothing of the network.
+
+How it looks and what it draws is tested in a browser, in test_page.py.
+"""
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from jobs import show
-from shardsight.decode.frames import Load
-from shardsight.models.yolo.model import Yolo
-from shardsight.results.coverage import Coverage
-from shardsight.results.writer import Results
-from shardsight.sources import Listing, read
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardsight import cli
+from shardsight.row import ROW
 from shardsight.storage import Storage
-from tests.conftest import WEIGHTS, write_tar
+from shardsight.viewer.job import BINS, summary
+from tests.conftest import S3, write_tar
+
+HOSTILE = "</script><script>alert(1)</script><b onload='x'>\"&amp; é😀.jpg"
+
+
+def detection(label: str | None = "star", score: float | None = 0.9, **more: Any) -> dict[str, Any]:
+    return {"label": label, "class_id": 1, "score": score, "x1": 10.0, "y1": 20.0, "x2": 60.0, "y2": 80.0} | more
+
+
+def row(id: str, uri: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"id": id, "uri": uri or id, "width": 640, "height": 480, "detections": [detection()]} | more
+
+
+def failed(id: str, type: str = "NotAnImage", message: str = "no picture") -> dict[str, Any]:
+    return row(id, detections=None, error={"stage": "decode", "type": type, "message": message})
+
+
+def write_job(out: Path, *files: list[dict[str, Any]], **more: Any) -> Path:
+    """A job's output as if annotate had written it, a results file for each list of rows."""
+    (out / "results").mkdir(parents=True)
+    for number, rows in enumerate(files):
+        pq.write_table(pa.Table.from_pylist(rows, schema=ROW), out / "results" / f"part-{number}.parquet")
+    job = {"status": "done", "started": "2026-01-01T00:00:00+00:00", "configuration": {"storage": {}, "prompt": []}}
+    job |= {"models": {"yolo": {"path": "some/best.pt"}}, "inputs": 3, "rows": 3, "rows_per_second": 1.5}
+    (out / "job.json").write_text(json.dumps(job | {"exactly_once": True} | more))
+    return out
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """What the page's scripts are given."""
+    text = page.read_text()
+    data: dict[str, Any] = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    return data
 
 
 def test_page(tmp_path: Path, jpegs: list[bytes]) -> None:
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    write_tar(folder / "t.tar", [("<b>.jpg", jpegs[0]), ("bad.jpg", b"<script>")])
-    (folder / "a.jpg").write_bytes(jpegs[1])
-    model, storage = Yolo(str(WEIGHTS / "detect.pt")), Storage()
-    load = Load(storage, model.input)
-    units = Listing([str(folder)], storage).left(Coverage())
-    rows = model(load.table([load.row(record) for unit in units for record in read(unit, storage)]))
-    results = Results(str(out), storage)
-    results.prepare()
-    results.write(rows, 100)
-    results.save_job(
-        {
-            **{"inputs": 3, "rows": 3, "errors": {"decode": {"NotAnImage": 1}}, "rows_per_second": 1.0},
-            **{"exactly_once": True, "started": "now", "models": {"yolo": {"path": "m.pt"}}},
-        }
-    )
-    assert show.main([str(out)]) == 0
+    """The page holds each row whole, its picture, and every error; no name that a user chose becomes markup."""
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "t.tar", [(HOSTILE.replace("/", "_"), jpegs[0]), ("b.jpg", jpegs[1])])
+    loose = tmp_path / "in" / HOSTILE.replace("/", "_")
+    loose.write_bytes(jpegs[2])
+    tar = str(tmp_path / "in" / "t.tar")
+    hostile = f"{tar}#{HOSTILE.replace('/', '_')}"
+    rows = [row(hostile, tar, detections=[detection(HOSTILE)]), row(f"{tar}#b.jpg", tar), row(str(loose))]
+    bad = failed(f"{tar}#{HOSTILE}", message=HOSTILE)
+    out = write_job(tmp_path / HOSTILE.replace("/", "_"), [*rows, bad], ignored={HOSTILE: 2})
+    assert cli.show([str(out)]) == 0
     text = (out / "page.html").read_text()
-    assert text.count("<img ") == 2 and text.count("data:image/jpeg;base64,") == 2
-    assert "NotAnImage" in text and "<script" not in text and "<b>" not in text
-    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[^']*", "", text))
-    labels = {d["label"] for row in rows.to_pylist() for d in row["detections"] or []}
-    assert labels and all(label in text for label in labels)
+    assert "alert(1)</script>" not in text and "<b onload" not in text
+    assert text.count("<script") == text.count("</script>") == 2
+    data = data_of(out / "page.html")
+    shown = {item["rows"][0]["row"]["id"]: item for item in data["items"]}
+    assert set(shown) == {one["id"] for one in rows}
+    for one in rows:
+        assert shown[one["id"]]["picture"].startswith("data:image/jpeg;base64,")
+        assert shown[one["id"]]["rows"][0]["row"]["detections"][0]["label"] == one["detections"][0]["label"]
+    assert data["errors"] == [
+        {"stage": "decode", "type": "NotAnImage", "count": 1, "examples": [{"id": bad["id"], "message": HOSTILE}]}
+    ]
+    numbers = {one["name"]: one["value"] for one in data["numbers"]}
+    assert numbers["rows"] == "4" and numbers["errors"] == "1" and numbers["each input exactly once"] == "yes"
+    assert numbers[f"left out: {HOSTILE}"] == "2"
 
 
-def test_no_job_is_one_sentence(tmp_path: Path, capsys: object) -> None:
-    assert show.main([str(tmp_path)]) == 2
-    (tmp_path / "job.json").write_text(json.dumps({"status": "running"}))
-    assert show.main([str(tmp_path)]) == 2
+def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    """The page opens from a disk without a network: no address in it but the name of SVG's elements."""
+    out = write_job(tmp_path / "out", [row("a.jpg")])
+    assert cli.show([str(out)]) == 0
+    text = (out / "page.html").read_text().replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|\bimport\b.*\bfrom\b|<link|src=", text)
+    assert "default-src 'none'" in text
+
+
+def test_job_in_a_store(
+    s3: S3, tmp_path: Path, jpegs: list[bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job in S3 is shown with the options given, its pictures come from there too, and the page lands here."""
+    bucket = s3.bucket("shown")
+    write_tar(bucket / "t.tar", [("a.jpg", jpegs[0])])
+    (bucket / "b.jpg").write_bytes(jpegs[1])
+    tar = "s3://shown/t.tar"
+    write_job(bucket / "out", [row(f"{tar}#a.jpg", tar), row("s3://shown/b.jpg"), row("s3://shown/gone.jpg")])
+    monkeypatch.chdir(tmp_path)
+    assert cli.show(["s3://shown/out/", *s3.options()]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    items = data_of(tmp_path / "page.html")["items"]
+    assert [item["picture"] is not None for item in items] == [True, True, False]
+    assert "cannot be shown" in items[2]["problem"]
+
+
+def test_a_tar_is_read_once(tmp_path: Path, jpegs: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its pictures are shown: a tar in a store may be gigabytes."""
+    names = [f"{number}.jpg" for number in range(8)]
+    write_tar(tmp_path / "t.tar", [(name, jpegs[0]) for name in names])
+    tar = str(tmp_path / "t.tar")
+    out = write_job(tmp_path / "out", [row(f"{tar}#{name}", tar) for name in names])
+    opened: list[Any] = []
+    plain = Storage.open
+
+    def counted(self: Storage, uri: str) -> Any:
+        file: Any = plain(self, uri)
+        if uri == tar:
+            opened.append(file)
+        return file
+
+    monkeypatch.setattr(Storage, "open", counted)
+    assert cli.show([str(out)]) == 0
+    assert len(opened) == 1 and opened[0].closed
+    assert all(item["picture"] for item in data_of(out / "page.html")["items"])
+
+
+def test_pictures_that_are_gone_or_broken(tmp_path: Path, jpegs: list[bytes]) -> None:
+    """Their rows are shown all the same, with the reason."""
+    (tmp_path / "now-text.jpg").write_text("no picture")
+    (tmp_path / "now-empty.jpg").touch()
+    names = [str(tmp_path / name) for name in ("gone.jpg", "now-text.jpg", "now-empty.jpg")]
+    gone_tar = str(tmp_path / "gone.tar")
+    out = write_job(tmp_path / "out", [*map(row, names), row(f"{gone_tar}#a.jpg", gone_tar)])
+    assert cli.show([str(out)]) == 0
+    items = data_of(out / "page.html")["items"]
+    assert len(items) == 4 and not any(item["picture"] for item in items)
+    for item in items:
+        assert re.fullmatch(r"The picture cannot be shown: (?!None).+", item["problem"])
+
+
+def test_a_job_that_still_runs(tmp_path: Path) -> None:
+    """Its rows so far, without the totals that it does not have yet."""
+    out = write_job(tmp_path / "out", [row("a.jpg"), failed("b.jpg")])
+    job = json.loads((out / "job.json").read_text())
+    running = {name: job[name] for name in ("started", "configuration", "models")} | {"status": "running"}
+    (out / "job.json").write_text(json.dumps(running))
+    assert cli.show([str(out), "--page", str(tmp_path / "p.html")]) == 0
+    data = data_of(tmp_path / "p.html")
+    assert [(one["name"], one["value"]) for one in data["numbers"]] == [("rows", "2"), ("errors", "1")]
+    assert data["subtitle"].endswith("running")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}"], "no job.json"),
+        (["{tmp}/empty"], "no results yet"),
+        (["{tmp}/out", "--storage", "anon"], "KEY=VALUE"),
+        (["{tmp}/out", "--page", "{tmp}/no/such/folder/p.html"], "cannot be written"),
+        (["{tmp}/out", "--count", "-1"], "0 or more"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path / "out", [row("a.jpg")])
+    write_job(tmp_path / "empty")
+    assert cli.show([one.format(tmp=tmp_path) for one in arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+LABELS = st.sampled_from(["star", "ring", "", None])
+DETECTIONS = st.lists(
+    st.builds(detection, LABELS, st.one_of(st.none(), st.floats(0, 1, width=32), st.just(float("nan")))), max_size=3
+)
+ANSWERS = st.lists(
+    st.fixed_dictionaries(
+        {"prompt": st.sampled_from(["detect a", "segment b", "ocr"]), "detections": st.none() | DETECTIONS}
+    ),
+    max_size=2,
+)
+ROWS = st.lists(
+    st.one_of(
+        st.builds(lambda found, said: row("a", detections=found, answers=said), st.none() | DETECTIONS, ANSWERS),
+        st.builds(lambda kind: failed("b", kind), st.sampled_from(["Empty", "Cut"])),
+    ),
+    max_size=6,
+)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=3), st.integers(0, 6))
+def test_counts(tmp_path_factory: pytest.TempPathFactory, files: list[list[dict[str, Any]]], count: int) -> None:
+    """Histograms and errors are of all rows, and the rows shown are `count` different ones without an error."""
+    for number, one in enumerate(one for rows in files for one in rows):
+        one["id"] = one["uri"] = f"/nowhere/{number}"
+    out = write_job(tmp_path_factory.mktemp("counts") / "out", *files)
+    data = summary(str(out), json.loads((out / "job.json").read_text()), count, Storage())
+    rows = [one for rows in files for one in rows]
+    labels, scores = Counter[tuple[str, str]](), Counter[tuple[str, int]]()
+    for one in rows:
+        layers = [
+            ("YOLO", one["detections"]),
+            *((said["prompt"], said["detections"]) for said in one.get("answers", [])),
+        ]
+        for name, found in layers:
+            labels.update((name, each["label"] or "(no label)") for each in found or [])
+            numbers = [each["score"] for each in found or [] if each["score"] is not None]
+            scores.update((name, min(BINS - 1, int(each * BINS))) for each in numbers if each == each)
+    shown = data["layers"]
+    assert {(layer["name"], label): n for layer in shown for label, n in layer["labels"]} == dict(labels)
+    assert {(layer["name"], n): s for layer in shown for n, s in enumerate(layer["scores"]) if s} == dict(scores)
+    kinds = Counter(one["error"]["type"] for one in rows if one.get("error"))
+    assert {kind["type"]: kind["count"] for kind in data["errors"]} == dict(kinds)
+    ids = [item["rows"][0]["row"]["id"] for item in data["items"]]
+    good = {one["id"] for one in rows if not one.get("error")}
+    assert len(ids) == len(set(ids)) == min(count, len(good)) and set(ids) <= good

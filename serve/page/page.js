@@ -1,232 +1,237 @@
-// Shows a picture with what /v1/annotate finds in it, and streams PaliGemma's answers about it.
+// The service's page: a picture, what /v1/annotate finds in it, and PaliGemma's answers about it.
 
-const SVG = "http://www.w3.org/2000/svg";
+import { html, layersOf, layerSample, Picture } from "../viewer/picture.js";
+import { answerText, copied, Details, filters, statistics, View } from "../viewer/viewer.js";
+
+const CONF = 0.05; // what the server is asked for, so that the slider shows more without asking again
+const KEPT = 12; // pictures, the newest ones
+
 const $ = (id) => document.getElementById(id);
-const colour = (id) => `hsl(${(id * 137.5) % 360} 90% 60%)`; // neighbouring ids far apart on the wheel
-let picture = null; // the File
-let row = null; // what was found in it
-let hidden = new Set(); // labels not to show
-let work = null; // aborts what is under way
+const view = new View();
+view.least = 0.25;
+const picture = new Picture(view);
+const details = new Details(view, picture);
+const models = { yolo: false, paligemma: false };
+const pictures = []; // {file, url, row, seconds, problem, questions: [{prompt, answer, seconds, problem}]}
+let current = null;
+let shownFilters = null;
 
-function headers() {
-  const key = $("key").value;
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
+// --- The server
 
-function say(text, wrong = false) {
-  $("status").textContent = text;
-  $("status").classList.toggle("wrong", wrong);
-}
-
-async function reason(response) {
-  const problem = await response.json().catch(() => ({}));
-  if (response.status === 401) $("key-box").open = true;
-  return problem.detail ?? `The server answered ${response.status}.`;
-}
-
-async function show(file) {
-  work?.abort();
-  work = new AbortController();
-  picture = file;
-  row = null;
-  $("answer").textContent = "";
-  draw();
-  $("figure").hidden = true;
-  say("Looking …");
+async function annotate(file, prompt) {
   const form = new FormData();
   form.append("image", file);
-  form.append("conf", "0.05"); // what the slider may show without asking again
+  form.append("conf", CONF);
+  if (prompt) form.append("prompt", prompt);
+  const started = performance.now();
+  let response;
   try {
-    const response = await fetch("/v1/annotate", { method: "POST", body: form, headers: headers(), signal: work.signal });
-    if (!response.ok) return say(await reason(response), true);
-    row = await response.json();
+    response = await fetch("v1/annotate", { method: "POST", body: form, headers: authorization() });
+  } catch {
+    throw new Error("The server cannot be reached.");
+  }
+  if (response.status === 401) askForKey();
+  const body = await response.json().catch(() => null);
+  if (!response.ok || !body) throw new Error(sentence(body?.detail ?? `The server answered ${response.status}.`));
+  return { row: body, seconds: (performance.now() - started) / 1000 };
+}
+
+const authorization = () => ($("key").value ? { Authorization: `Bearer ${$("key").value}` } : {});
+
+function sentence(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+}
+
+function askForKey() {
+  $("key-box").hidden = false;
+  $("key").focus();
+}
+
+/** Which models the server has; without a valid key it does not say. */
+async function findModels() {
+  const ask = (path) => fetch(path, { headers: authorization() }).catch(() => ({ ok: false }));
+  const [yolo, chat] = await Promise.all([ask("v2/models/yolo"), ask("v1/models")]);
+  if (chat.status === 401) askForKey();
+  models.yolo = yolo.ok;
+  models.paligemma = chat.ok && (await chat.json()).data.length > 0;
+  $("questions-box").hidden = !models.paligemma;
+}
+
+// --- Pictures
+
+async function open(file) {
+  const entry = { file, url: URL.createObjectURL(file), questions: [], row: await blank(file) };
+  pictures.unshift(entry);
+  for (const old of pictures.splice(KEPT)) URL.revokeObjectURL(old.url);
+  select(entry);
+  await look(entry);
+}
+
+/** What is known of a picture before the server has answered. */
+async function blank(file) {
+  const { width, height } = await createImageBitmap(file).catch(() => ({ width: null, height: null }));
+  return { id: file.name, width, height };
+}
+
+async function look(entry) {
+  await ready;
+  if (!models.yolo) return;
+  entry.waiting = true;
+  entry.problem = null;
+  select(current);
+  try {
+    const { row, seconds } = await annotate(entry.file);
+    Object.assign(entry, { seconds, row: { ...row, answers: entry.row.answers ?? row.answers } });
   } catch (error) {
-    if (error.name !== "AbortError") say("The server cannot be reached.", true);
-    return;
+    entry.problem = error.message;
   }
-  URL.revokeObjectURL($("image").href.baseVal);
-  $("image").setAttribute("href", URL.createObjectURL(file));
-  for (const [name, value] of Object.entries({ width: row.width, height: row.height })) $("image").setAttribute(name, value);
-  $("canvas").setAttribute("viewBox", `0 0 ${row.width} ${row.height}`);
-  $("figure").hidden = false;
-  $("size").textContent = `${file.name}, ${row.width} × ${row.height} pixels`;
-  hidden = new Set();
-  draw();
+  entry.waiting = false;
+  if (entry === current) select(entry);
 }
 
-function shown() {
-  const least = Number($("score").value);
-  return (row?.detections ?? []).filter((one) => one.score >= least && !hidden.has(one.label));
+/** Show one of the pictures, with all that is known of it. */
+function select(entry) {
+  current = entry;
+  const { row } = entry;
+  $("figure").hidden = !row.width;
+  picture.show(row, entry.url);
+  shownFilters?.stop();
+  const layers = statistics([row]);
+  shownFilters = filters(view, layers);
+  $("filters").replaceChildren(shownFilters.root);
+  details.show(row, { answers: false });
+  $("details").replaceChildren(details.root);
+  $("filters-box").hidden = layers.length === 0;
+  $("found-box").hidden = false;
+  $("curl").replaceChildren(copied(curl(entry)));
+  drawStatus();
+  drawQuestions();
+  drawForms();
+  drawEarlier();
 }
 
-function draw() {
-  $("least").textContent = Number($("score").value).toFixed(2);
-  const found = shown();
-  $("marks").replaceChildren(...found.flatMap(mark));
-  const list = found.length ? found : (row?.classes ?? []);
-  $("found").replaceChildren(...list.map(item));
-  if (!row) return;
-  drawLabels();
-  const count = found.length;
-  say(row.classes ? `Most likely: ${row.classes[0]?.label ?? "nothing"}` : `${count} ${count === 1 ? "object" : "objects"}`);
-  $("canvas-title").textContent = `The picture, with ${count} marked: ${found.map((one) => one.label).join(", ")}`;
+function drawStatus() {
+  const { row, problem, waiting, seconds, file } = current;
+  const count = view.seen({ detections: row.detections }).length;
+  const found = row.detections && `${count} ${count === 1 ? "object" : "objects"}`;
+  const best = row.classes?.length && `most likely: ${row.classes[0].label}`;
+  const size = row.width && `${row.width} × ${row.height} pixels`;
+  const parts = [file.name, size, best || found, seconds != null && `${seconds.toFixed(2)} s`].filter(Boolean);
+  $("status").textContent = problem ?? (waiting ? `${file.name}: looking … ` : parts.join(" · "));
+  $("status").className = problem ? "wrong" : waiting ? "waiting" : "";
 }
 
-function drawLabels() {
-  const names = [...new Map((row.detections ?? []).map((one) => [one.label, one.class_id]))];
-  $("labels").replaceChildren(
-    ...names.map(([name, id]) => {
-      const label = document.createElement("label");
-      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: !hidden.has(name) });
-      box.addEventListener("change", () => {
-        box.checked ? hidden.delete(name) : hidden.add(name);
-        draw();
-        [...$("labels").querySelectorAll("input")].find((other) => other.parentNode.textContent === name)?.focus();
-      });
-      label.append(box, swatch(id), document.createTextNode(name));
-      return label;
-    }),
-  );
+function drawEarlier() {
+  $("earlier").hidden = pictures.length < 2;
+  $("earlier").replaceChildren(html("span", { class: "quiet" }, "Earlier:"), ...pictures.map((entry) =>
+    html("button", { type: "button", "aria-current": String(entry === current), onclick: () => select(entry) },
+      html("img", { src: entry.url, alt: entry.file.name, title: entry.file.name }))));
 }
 
-function swatch(id) {
-  const made = document.createElement("span");
-  made.className = "swatch";
-  made.style.background = colour(id ?? 0);
-  return made;
-}
-
-function item(one) {
-  const made = document.createElement("li");
-  const name = document.createElement("span");
-  const score = document.createElement("span");
-  name.textContent = one.text ? `${one.label}: ${one.text}` : one.label;
-  score.textContent = one.score.toFixed(2);
-  made.append(swatch(one.class_id), name, score);
-  return made;
-}
-
-function element(name, attributes) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  return made;
-}
-
-function mark(one) {
-  const stroke = colour(one.class_id ?? 0);
-  const size = (13 * row.width) / ($("canvas").clientWidth || row.width); // 13 pixels of the screen
-  const marks = [];
-  if (one.mask) marks.push(element("path", { class: "mask", d: outline(one.mask), fill: stroke }));
-  if (one.corners) {
-    marks.push(element("polygon", { class: "mark", points: one.corners.join(" "), stroke }));
-  } else {
-    const place = { x: one.x1, y: one.y1, width: one.x2 - one.x1, height: one.y2 - one.y1 };
-    marks.push(element("rect", { class: "mark", ...place, stroke }));
+async function openSample(path) {
+  try {
+    const blob = await (await fetch(path)).blob();
+    await open(new File([blob], path.split("/").pop(), { type: blob.type }));
+  } catch {
+    $("status").textContent = "The server cannot be reached.";
+    $("status").className = "wrong";
   }
-  for (const point of one.keypoints ?? []) {
-    if ((point.score ?? 1) >= 0.5) marks.push(element("circle", { cx: point.x, cy: point.y, r: size / 4, fill: stroke }));
-  }
-  const name = element("text", { class: "name", x: one.x1, y: Math.max(size, one.y1 - size / 4), "font-size": size });
-  name.textContent = `${one.label} ${one.score.toFixed(2)}`;
-  return [...marks, name];
 }
 
-// COCO's compressed RLE, of columns from the top: each count but the first two is relative to the one two before it.
-function runs(text) {
-  const counts = [];
-  for (let at = 0; at < text.length; ) {
-    let value = 0;
-    for (let shift = 0, more = true; more; shift += 5) {
-      const code = text.charCodeAt(at++) - 48;
-      value |= (code & 31) << shift;
-      more = Boolean(code & 32);
-      if (!more && code & 16) value |= -1 << (shift + 5);
-    }
-    if (counts.length > 2) value += counts[counts.length - 2];
-    counts.push(value);
-  }
-  return counts;
-}
-
-// The mask as a path of one-pixel columns, each run a rectangle.
-function outline({ height, counts }) {
-  let at = 0;
-  const parts = [];
-  for (const [number, count] of runs(counts).entries()) {
-    for (let left = count; left > 0; ) {
-      const x = Math.floor(at / height);
-      const y = at % height;
-      const length = Math.min(left, height - y);
-      if (number % 2) parts.push(`M${x} ${y}h1v${length}h-1z`);
-      at += length;
-      left -= length;
-    }
-  }
-  return parts.join("");
-}
-
-const dataUri = (file) =>
-  new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
+// --- Questions
 
 async function ask(event) {
   event.preventDefault();
-  if (!picture) return ($("answer").textContent = "Choose a picture first.");
-  const button = $("ask").querySelector("button");
-  button.disabled = true;
-  $("answer").textContent = "…";
-  try {
-    const url = await dataUri(picture);
-    const content = [{ type: "text", text: $("prompt").value }, { type: "image_url", image_url: { url } }];
-    const body = JSON.stringify({ model: $("speaker").dataset.model, stream: true, messages: [{ role: "user", content }] });
-    const sent = { "Content-Type": "application/json", ...headers() };
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: sent, body });
-    if (!response.ok) return ($("answer").textContent = await reason(response));
-    $("answer").textContent = "";
-    let rest = "";
-    for await (const part of response.body.pipeThrough(new TextDecoderStream())) {
-      const events = (rest + part).split("\n\n");
-      rest = events.pop();
-      for (const each of events) {
-        const data = each.slice("data: ".length);
-        if (data !== "[DONE]") $("answer").textContent += JSON.parse(data).choices[0]?.delta.content ?? "";
-      }
-    }
-    if (!$("answer").textContent) $("answer").textContent = "(nothing)";
-  } catch {
-    $("answer").textContent = "The server cannot be reached.";
-  } finally {
-    button.disabled = false;
+  if (!current) {
+    $("status").textContent = "Choose a picture first.";
+    $("status").className = "wrong";
+    return;
   }
+  const entry = current;
+  const asked = { prompt: $("prompt").value.trim() };
+  entry.questions.unshift(asked);
+  drawQuestions();
+  try {
+    const { row, seconds } = await annotate(entry.file, asked.prompt);
+    const [answer] = row.answers;
+    Object.assign(asked, { answer, seconds });
+    const others = (entry.row.answers ?? []).filter((other) => other.prompt !== answer.prompt);
+    entry.row = { ...row, answers: [...others, answer] };
+  } catch (error) {
+    asked.problem = error.message;
+  }
+  if (entry === current) select(entry);
 }
 
-async function findSpeakers() {
-  const response = await fetch("/v1/models", { headers: headers() });
-  if (response.status === 401) $("key-box").open = true;
-  const name = response.ok ? (await response.json()).data[0]?.id : null;
-  $("speaker").hidden = !name;
-  $("speaker").dataset.model = name ?? "";
+function drawQuestions() {
+  $("questions").replaceChildren(...current.questions.map((asked) => {
+    const { prompt, answer, seconds, problem } = asked;
+    const layer = answer && layersOf({ answers: [answer] })[0];
+    const head = html("div", { class: "asked" }, layer && layerSample(view.number(layer.key)), html("span", {}, prompt),
+      seconds != null && html("span", { class: "count" }, `${seconds.toFixed(2)} s`));
+    const body = problem ? html("p", { class: "error" }, problem) : answer ? answerText(answer) : html("span", { class: "waiting" });
+    return html("li", {}, head, body);
+  }));
 }
 
-$("file").addEventListener("change", () => $("file").files[0] && show($("file").files[0]));
+/** PaliGemma's forms, filled in with what was found in the picture. */
+function drawForms() {
+  const labels = [...new Set((current?.row.detections ?? []).map((one) => one.label))];
+  const several = labels.slice(0, 3).join(" ; ") || "person ; car";
+  const forms = ["caption en", "ocr", "answer en what is in the picture?", `detect ${several}`, `segment ${labels[0] ?? "person"}`];
+  $("forms").replaceChildren(...forms.map((form) =>
+    html("button", { type: "button", onclick: () => (($("prompt").value = form), $("prompt").focus()) }, form)));
+}
+
+// --- The same from a shell
+
+/** The command that gives the row as it stands here. */
+function curl({ file, questions }) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const name = `"${file.name.replace(/["\\]/g, "\\$&")}"`;
+  const prompts = new Set(questions.filter(({ answer }) => answer).map(({ prompt }) => prompt).reverse());
+  return [
+    "curl --fail-with-body",
+    ...($("key").value ? ['--header "Authorization: Bearer $SHARDSIGHT_API_KEY"'] : []),
+    `--form ${quoted(`image=@${name}`)}`,
+    `--form conf=${CONF}`,
+    ...[...prompts].map((prompt) => `--form-string ${quoted(`prompt=${prompt}`)}`),
+    quoted(new URL("v1/annotate", document.baseURI).href),
+  ].join(" \\\n  ");
+}
+
+// --- What people do
+
+$("file").addEventListener("change", () => {
+  if ($("file").files[0]) open($("file").files[0]);
+  $("file").value = ""; // so that the same picture can be chosen again
+});
+for (const button of document.querySelectorAll("[data-sample]")) {
+  button.addEventListener("click", () => openSample(button.dataset.sample));
+}
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
-    $("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
-    if (kind === "drop" && event.dataTransfer.files[0]) show(event.dataTransfer.files[0]);
+    document.body.classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    if (kind === "drop" && event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
   });
 }
-document.addEventListener("paste", (event) => event.clipboardData.files[0] && show(event.clipboardData.files[0]));
-$("score").addEventListener("input", draw);
-window.addEventListener("resize", draw);
+document.addEventListener("paste", (event) => event.clipboardData.files[0] && open(event.clipboardData.files[0]));
+document.addEventListener("keydown", (event) => {
+  if (!event.target.matches("input:not([type=checkbox], [type=range]), textarea")) view.key(event);
+});
+view.addEventListener("change", () => {
+  picture.draw();
+  details.update();
+  if (current) drawStatus();
+});
 $("ask").addEventListener("submit", ask);
 $("key").value = sessionStorage.getItem("key") ?? "";
-$("key").addEventListener("change", () => {
+$("key").addEventListener("change", async () => {
   sessionStorage.setItem("key", $("key").value);
-  findSpeakers();
+  ready = findModels();
+  if (current?.problem) look(current);
 });
-findSpeakers();
+$("figure").append(picture.root);
+drawForms();
+let ready = findModels();

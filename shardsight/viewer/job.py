@@ -1,0 +1,243 @@
+"""A job's results → its page: numbers, histograms, errors by kind, and some of its pictures."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shardsight.decode.pictures import decode
+from shardsight.errors import UsageError
+from shardsight.results.writer import Results
+from shardsight.row import Failure
+from shardsight.sources import Unit, read
+from shardsight.storage import Storage, StorageError, explain, is_remote
+from shardsight.viewer.page import page, thumbnail
+
+BINS = 20  # of scores from 0 to 1, as in viewer.js
+EXAMPLES = 5  # of each kind of error
+SIDE, SMALL_SIDE = 1024, 640  # pixels of a picture; the smaller where there are more than MANY
+MANY = 100
+RETRY_SECONDS = 10.0  # for a store that does not answer: somebody waits for the page
+# Without masks and pictures, which are most of a file.
+_COUNTED = ["id", "error", "classes"]
+_COUNTED += [f"detections.list.element.{name}" for name in ("label", "score")]
+_COUNTED += [f"answers.list.element.{name}" for name in ("prompt", "detections.list.element.label")]
+_COUNTED += ["answers.list.element.detections.list.element.score"]
+
+
+def show(
+    out: str, target: str | os.PathLike[str] | None = None, count: int = 24, storage: Mapping[str, str] | None = None
+) -> str:
+    """Write the page of a job, finished or not, and return where.
+
+    out: the job's output, a folder or a prefix in a store. target: the file to write; by default OUT/page.html, or
+    page.html in the current folder where OUT is in a store. count: pictures on the page, spread over all rows.
+    storage: options for fsspec, over those in job.json. Raises UsageError and StorageError.
+    """
+    if count < 0:
+        raise UsageError(f"--count {count}: expected 0 or more pictures")
+    out = out.rstrip("/") if is_remote(out) else os.path.abspath(os.path.expanduser(out))
+    given = dict(storage or {})
+    try:
+        job = Results(out, Storage(given, RETRY_SECONDS)).job()
+    except Exception as error:
+        raise StorageError(explain(out, error)) from error
+    if job is None:
+        raise UsageError(f"{out} holds no job.json: give the --output of a job")
+    data = summary(out, job, count, Storage(job["configuration"]["storage"] | given, RETRY_SECONDS))
+    path = os.path.abspath("page.html") if is_remote(out) else os.path.join(out, "page.html")
+    path = os.fspath(target) if target else path
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(data))
+    except OSError as error:
+        raise UsageError(f"the page cannot be written to {path} ({error.strerror}): name another file") from None
+    return path
+
+
+def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> dict[str, Any]:
+    """What page() takes, of a job's results."""
+    counts, files = _Counts(), []
+    for path in storage.walk(Results(out, storage).folder):
+        if path.endswith(".parquet"):
+            files.append((path, counts.add_file(path, storage)))
+    if not files:
+        raise UsageError(f"{out} holds no results yet: show it once rows are written")
+    chosen = list(_chosen(files, count, storage))
+    pictures = _pictures(chosen, storage, SIDE if count <= MANY else SMALL_SIDE)
+    items = [{**pictures[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]} for row in chosen]
+    good = sum(len(rows) for _, rows in files)
+    models = (model["path"].rstrip("/").rpartition("/")[2] for model in job["models"].values())
+    shown = "All of them." if len(items) == good else f"{len(items):,} of {good:,}, evenly spread; --count shows more."
+    return {
+        "title": out.rpartition("/")[2],
+        "subtitle": " · ".join([*models, job["started"].replace("T", " ").replace("+00:00", " UTC"), job["status"]]),
+        "numbers": _numbers(job, counts),
+        "layers": counts.layers(job["configuration"].get("prompt") or []),
+        "errors": counts.error_kinds(),
+        "items": items,
+        "note": shown,
+    }
+
+
+@dataclass
+class _Counts:
+    """found: (layer, label, bin of its score) → how many; bin -1 where there is no score."""
+
+    rows: int = 0
+    found: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    errors: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], list[dict[str, str]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_file(self, path: str, storage: Storage) -> np.ndarray:
+        """Count a results file; returns the numbers of its rows without an error, int64 (n,)."""
+        good = []
+        with storage.open(path) as file:
+            first = 0
+            for batch in pq.ParquetFile(file).iter_batches(columns=_COUNTED):
+                failed = pc.is_valid(batch["error"])
+                self._add_errors(batch.filter(failed))
+                self._add_found(batch)
+                good.append(first + np.flatnonzero(~failed.to_numpy(zero_copy_only=False)))
+                first += len(batch)
+            self.rows += first
+        return np.concatenate([np.empty(0, np.int64), *good])
+
+    def _add_errors(self, failed: pa.RecordBatch) -> None:
+        for row in failed.select(["id", "error"]).to_pylist():
+            kind = row["error"]["stage"], row["error"]["type"]
+            self.errors[kind] += 1
+            if len(self.examples[kind]) < EXAMPLES:
+                self.examples[kind].append({"id": row["id"], "message": row["error"]["message"]})
+
+    def _add_found(self, batch: pa.RecordBatch) -> None:
+        detections = pc.list_flatten(batch["detections"])
+        self._add(pa.repeat("detections", len(detections)), detections)
+        answers = pc.list_flatten(batch["answers"])
+        lists = pc.struct_field(answers, "detections")
+        prompts = pc.struct_field(answers, "prompt").take(pc.list_parent_indices(lists))
+        self._add(pc.binary_join_element_wise("answer", prompts, " "), pc.list_flatten(lists))
+        best = pc.list_element(batch["classes"].filter(pc.greater(pc.list_value_length(batch["classes"]), 0)), 0)
+        self._add(pa.repeat("classes", len(best)), best)
+
+    def _add(self, layers: pa.Array, found: pa.Array) -> None:
+        share = pc.cast(pc.struct_field(found, "score"), pa.float64())
+        bins = pc.cast(pc.floor(pc.multiply(share, BINS)), pa.int64(), safe=False)
+        bins = pc.fill_null(pc.min_element_wise(bins, BINS - 1, skip_nulls=False), -1)
+        labels = pc.fill_null(pc.struct_field(found, "label"), "")
+        table = pa.table({"layer": layers, "label": labels, "bin": bins})
+        for row in table.group_by(["layer", "label", "bin"]).aggregate([([], "count_all")]).to_pylist():
+            self.found[row["layer"], row["label"] or "(no label)", row["bin"]] += row["count_all"]
+
+    def layers(self, prompts: list[str]) -> list[dict[str, Any]]:
+        """Of each layer the counts of its labels and scores, YOLO's first, then the prompts' in their order."""
+        asked = {f"answer {prompt}": prompt for prompt in prompts if prompt.startswith(("detect ", "segment "))}
+        names = {"detections": "YOLO", "classes": "YOLO's best class"} | asked
+        keys = {layer for layer, _, _ in self.found} | set(asked)
+        names |= {key: key.removeprefix("answer ") for key in sorted(keys - set(names))}
+        layers = []
+        for key in filter(keys.__contains__, names):
+            labels: Counter[str] = Counter()
+            scores = [0] * BINS
+            for (layer, label, bin), number in self.found.items():
+                if layer == key:
+                    labels[label] += number
+                    if bin >= 0:
+                        scores[bin] += number
+            layers.append({"key": key, "name": names[key], "labels": labels.most_common(), "scores": scores})
+        return layers
+
+    def error_kinds(self) -> list[dict[str, Any]]:
+        return [
+            {"stage": stage, "type": type, "count": number, "examples": self.examples[stage, type]}
+            for (stage, type), number in self.errors.most_common()
+        ]
+
+
+def _numbers(job: Mapping[str, Any], counts: _Counts) -> list[dict[str, Any]]:
+    """A running job has no totals yet: its rows and errors are then those that are there."""
+    errors = counts.errors.total()
+    numbers: dict[str, tuple[str, bool | None]] = {}
+    if "inputs" in job:
+        numbers["inputs"] = f"{job['inputs']:,}", None
+    numbers["rows"] = f"{counts.rows:,}", None
+    numbers["errors"] = f"{errors:,}", False if errors else None
+    if "rows_per_second" in job:
+        numbers["rows per second"] = f"{job['rows_per_second']:,.1f}", None
+    if "exactly_once" in job:
+        numbers["each input exactly once"] = "yes" if job["exactly_once"] else "no", job["exactly_once"]
+    for reason, number in job.get("ignored", {}).items():
+        if number:
+            numbers[f"left out: {reason}"] = f"{number:,}", None
+    return [{"name": name, "value": value, "good": good} for name, (value, good) in numbers.items()]
+
+
+def _chosen(files: list[tuple[str, np.ndarray]], count: int, storage: Storage) -> Iterator[dict[str, Any]]:
+    """`count` rows without an error, evenly spread over all of them."""
+    ends = np.cumsum([len(rows) for _, rows in files])
+    numbers = np.unique(np.linspace(0, ends[-1] - 1, count).astype(int)) if ends[-1] else np.empty(0, int)
+    for (path, rows), end in zip(files, ends, strict=True):
+        wanted = rows[numbers[(numbers >= end - len(rows)) & (numbers < end)] - (end - len(rows))]
+        if not len(wanted):
+            continue
+        with storage.open(path) as file:
+            first = 0
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+                inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+                yield from batch.take(pa.array(inside)).to_pylist()
+                first += len(batch)
+
+
+def _pictures(rows: list[dict[str, Any]], storage: Storage, side: int) -> dict[str, dict[str, str | None]]:
+    """Of each row's id its `picture`, or the `problem` of it. Each tar and Parquet file is read once."""
+    found = {row["id"]: _shown(row["image"], side) for row in rows if row["image"] is not None}
+    inside: dict[str, list[str]] = defaultdict(list)  # of a tar or Parquet file
+    loose: dict[bool, dict[str, str]] = defaultdict(dict)  # by whether in a store: id → uri
+    for row in rows:
+        id, uri = row["id"], row["uri"]
+        if id not in found and id.startswith(f"{uri}#"):
+            inside[uri].append(id)
+        elif id not in found:
+            loose[is_remote(uri)][id] = uri
+    for uri, ids in inside.items():
+        found |= _of_unit(Unit("parquet" if uri.lower().endswith(".parquet") else "tar", uri), ids, storage, side)
+    for uris in loose.values():
+        several = list(dict.fromkeys(uris.values()))
+        by_uri = _of_unit(Unit("files", files=tuple(several)), several, storage, side)
+        found |= {id: by_uri[uri] for id, uri in uris.items()}
+    return found
+
+
+def _of_unit(unit: Unit, ids: list[str], storage: Storage, side: int) -> dict[str, dict[str, str | None]]:
+    """The pictures of some of a unit's records, read until the last of them is found."""
+    missing = dict.fromkeys(ids)
+    found = {}
+    problem = "it is no longer there"
+    try:
+        for record in read(unit, storage):
+            if record.id in missing:
+                del missing[record.id]
+                found[record.id] = _shown(record.data, side) if record.data is not None else _absent(record.failure)
+            if not missing:
+                break
+    except Exception as error:  # of the store
+        problem = explain(unit.uri or ids[0], error)
+    return found | {id: _absent(problem) for id in missing}
+
+
+def _shown(data: bytes, side: int) -> dict[str, str | None]:
+    try:
+        return {"picture": thumbnail(decode(data, lambda width, height: (side, side))[0], side), "problem": None}
+    except Failure as failure:
+        return _absent(failure)
+
+
+def _absent(reason: str | Failure | None) -> dict[str, str | None]:
+    text = reason.message if isinstance(reason, Failure) else reason
+    return {"picture": None, "problem": f"The picture cannot be shown: {text}"}

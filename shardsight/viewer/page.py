@@ -1,0 +1,59 @@
+"""Rows of any number of models → one HTML file that holds all it needs."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from pydantic_core import to_json
+
+_SCRIPTS = ("picture.js", "viewer.js", "report.js")  # each needs those before it
+_IMPORT = re.compile(r'^import \{[^}]*\} from "[^"]+";\n', re.MULTILINE)
+# A page that shows what users wrote loads nothing from anywhere, whatever they wrote.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """A self-contained page of what report.js shows.
+
+    data:
+        title, subtitle: texts.
+        numbers: [{name, value, good}], good: whether the value is a good one, or None.
+        errors: [{stage, type, count, examples: [{id, message}]}].
+        items: [{picture, problem, rows: [{model, row}]}], one a picture. picture: a data uri, or None and the problem
+            why. row: as in the results. Rows of several models stand side by side.
+        layers: [{key, name, labels: [[label, count]], scores: 20 counts}], for the histograms; by default the items'.
+        note: a sentence above the pictures.
+    """
+    source = files(__package__)
+    script = "\n".join(_IMPORT.sub("", source.joinpath(name).read_text("utf-8")) for name in _SCRIPTS)
+    # Within a script element only "<" can end it, or begin what hides its end.
+    rows = to_json(data, inf_nan_mode="null", bytes_mode="base64").decode().replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="color-scheme" content="light dark"><title>{html.escape(data["title"])}</title>
+<style>
+{source.joinpath("viewer.css").read_text("utf-8")}</style></head><body>
+<noscript>This page draws its pictures with JavaScript: allow it.</noscript>
+<script type="application/json" id="data">{rows}</script>
+<script type="module">
+{script}
+report(JSON.parse(document.getElementById("data").textContent));
+</script></body></html>
+"""
+
+
+def thumbnail(frame: np.ndarray, side: int) -> str:
+    """An RGB uint8 (H, W, 3) picture, no larger than `side` pixels, as a data uri of a JPEG."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.ascontiguousarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
+    encoded = simplejpeg.encode_jpeg(small, quality=82, colorspace="RGB")
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
