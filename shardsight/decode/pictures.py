@@ -17,6 +17,20 @@ Image.MAX_IMAGE_PIXELS = None
 
 Size = Callable[[int, int], tuple[int, int]]
 
+_DECODED = """
+    jpg jpeg jpe jfif mpo png apng webp gif avif avifs heic heif hif heics heifs bmp dib tif tiff btf tf8
+    jp2 j2k j2c jpc jpf jpx pbm pgm ppm pnm tga icb vda vst ico cur icns psd qoi dds pcx dcx sgi rgb rgba bw
+    ras xbm xpm fli flc msp blp ftc ftu gbr im pxr
+"""
+# Pictures too, and each an UnsupportedImage: raw photographs, floating-point numbers, drawings, and codecs
+# that neither Pillow nor OpenCV has.
+_NAMED = """
+    dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f erf kdc mrw 3fr mef iiq rwl
+    pfm hdr exr fits svg svgz eps wmf emf jxl jxr wdp hdp xcf dcm djvu bpg flif
+"""
+# The file endings, lower case and with their dot, of what is a picture by its name.
+ENDINGS = frozenset(f".{ending}" for ending in (_DECODED + _NAMED).split())
+
 # What libjpeg-turbo says of files that every viewer shows whole; Pillow, which does not stop at that, has
 # the last word on them.
 _HARMLESS = ("extraneous bytes", "Invalid SOS", "Adobe color transform", "unknown JFIF", "bad ICC")
