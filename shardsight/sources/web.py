@@ -6,9 +6,10 @@ import time
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
+import urllib3
 from requests.utils import get_environ_proxies
 
 from shardsight.row import Failure
@@ -19,6 +20,7 @@ PAUSE = 0.5  # seconds before the second attempt, twice as many before each furt
 MAX_PAUSE = 30.0  # whatever Retry-After says
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and without a byte
 MAX_SECONDS = 120.0  # of one answer
+MAX_REDIRECTS = 5
 CHUNK = 1 << 16
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
@@ -60,7 +62,6 @@ def _session() -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # which would send what ~/.netrc holds
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        session.max_redirects = 5
         session.headers["User-Agent"] = "shardsight"
         _local.session = session
     session = _local.session
@@ -69,26 +70,40 @@ def _session() -> requests.Session:
 
 
 def _get(uri: str) -> bytes:
-    verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
     try:
-        proxies = get_environ_proxies(uri)
-        with _session().get(uri, stream=True, timeout=TIMEOUT, proxies=proxies, verify=verify) as response:
-            if response.status_code != HTTPStatus.OK:
-                status = f"{response.status_code} {response.reason}".strip()
-                failure = Failure("HttpError", f"{urlsplit(uri).hostname} answers {status}")
-                if response.status_code in RETRIED:
-                    raise _Retry(failure, _retry_after(response.headers.get("Retry-After", "")))
-                raise failure
-            return _body(response)
-    except requests.TooManyRedirects:
-        raise Failure("TooManyRedirects", f"more than {_session().max_redirects} redirects") from None
+        for _ in range(MAX_REDIRECTS + 1):
+            with _request(uri) as response:
+                if not response.is_redirect:
+                    return _content(uri, response)
+                uri = urljoin(uri, response.headers["Location"])
+            if not is_web(uri):
+                raise Failure("UnsupportedUri", f"a redirect to {uri}, where only those of http and https are followed")
     except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL, ValueError) as error:
         raise Failure("UnsupportedUri", f"not a uri that can be requested: {error}") from None
     except requests.exceptions.SSLError as error:
         raise Failure("HttpError", f"no secure connection: {error}") from None
-    except (requests.RequestException, OSError) as error:
-        kind = "HttpTimeout" if isinstance(error, requests.Timeout) else "HttpError"
-        raise _Retry(Failure(kind, f"no answer, or not all of it: {error}")) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        late = isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError)
+        reason = f"no answer, or not all of it: {error}"
+        raise _Retry(Failure("HttpTimeout" if late else "HttpError", reason)) from None
+    raise Failure("TooManyRedirects", f"more than {MAX_REDIRECTS} redirects")
+
+
+def _request(uri: str) -> requests.Response:
+    """Redirects are followed by hand, as a session sends cookies along with them."""
+    verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+    proxies = get_environ_proxies(uri)
+    return _session().get(uri, stream=True, timeout=TIMEOUT, proxies=proxies, verify=verify, allow_redirects=False)
+
+
+def _content(uri: str, response: requests.Response) -> bytes:
+    if response.status_code == HTTPStatus.OK:
+        return _body(response)
+    status = f"{response.status_code} {response.reason}".strip()
+    failure = Failure("HttpError", f"{urlsplit(uri).hostname} answers {status}")
+    if response.status_code in RETRIED:
+        raise _Retry(failure, _retry_after(response.headers.get("Retry-After", "")))
+    raise failure
 
 
 def _body(response: requests.Response) -> bytes:
@@ -103,6 +118,8 @@ def _body(response: requests.Response) -> bytes:
             raise Failure("TooManyBytes", f"more than {MAX_BYTES:,} bytes")
         if time.monotonic() > deadline:
             raise Failure("HttpTimeout", f"{size:,} bytes in {MAX_SECONDS:.0f} seconds, and not all of them")
+    if announced.isdecimal() and response.raw.tell() < int(announced):
+        raise _Retry(Failure("HttpError", f"only {size:,} bytes came of {int(announced):,}"))
     return b"".join(parts)
 
 
