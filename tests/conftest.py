@@ -29,7 +29,7 @@ from demo.writers import jpeg
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 WEIGHTS = ROOT / "demo" / "weights"
-# Found without importing ultralytics, which shardsight.models.yolo.model has to do first.
+# Found without importing ultralytics, which shardsight.models.yolo.ultralytics_import has to do first.
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
@@ -54,9 +54,9 @@ def one_ray() -> Iterator[str]:
     """A cluster that the jobs of all tests share; its address."""
     import ray
 
-    from jobs.annotate import start_ray
+    from shardsight import cluster
 
-    start_ray()
+    cluster.join()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -64,10 +64,10 @@ def one_ray() -> Iterator[str]:
 @pytest.fixture
 def annotate(one_ray: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs the job in this process; returns its exit code and what it said."""
-    from jobs.annotate import main
+    from shardsight.cli import annotate
 
     def run(*arguments: Any) -> tuple[int, str]:
-        code = main([str(argument) for argument in arguments])
+        code = annotate([str(argument) for argument in arguments])
         return code, capfd.readouterr().err
 
     return run

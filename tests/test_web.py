@@ -54,7 +54,7 @@ def drips(handler: http.server.BaseHTTPRequestHandler, _: int) -> None:
 
 
 def waits(_: http.server.BaseHTTPRequestHandler, __: int) -> None:
-    time.sleep(1.0)
+    time.sleep(0.5)
 
 
 PICTURE = status(200, b"picture")
@@ -72,9 +72,8 @@ ANSWERS: dict[str, Answer] = {
     "/elsewhere.jpg": status(302, Location="file:///etc/passwd"),
     "/endless.jpg": endless,
     "/announced.jpg": status(200, b"", Content_Length=str(1 << 40)),
-    "/drips.jpg": drips,
-    "/waits.jpg": waits,
 }
+SLOW: dict[str, Answer] = {"/drips.jpg": drips, "/waits.jpg": waits}
 
 
 class Server:
@@ -90,7 +89,7 @@ class Server:
                 outer.asked[self.path] += 1
                 outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                 with suppress(OSError):  # who asked has heard enough
-                    ANSWERS[self.path](self, outer.asked[self.path])
+                    (ANSWERS | SLOW)[self.path](self, outer.asked[self.path])
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -108,8 +107,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(web, "PAUSE", 0.01)
-    monkeypatch.setattr(web, "TIMEOUT", (1.0, 0.3))
-    monkeypatch.setattr(web, "MAX_SECONDS", 0.5)
     server = Server()
     yield server
     server.http.shutdown()
@@ -130,13 +127,21 @@ def test_what_servers_do_costs_one_row_at_most(server: Server, monkeypatch: pyte
         **{"/gone.jpg": "HttpError", "/secret.jpg": "HttpError", "/away.jpg": "HttpError"},
         **{"/loop.jpg": "TooManyRedirects", "/elsewhere.jpg": "UnsupportedUri"},
         **{"/endless.jpg": "TooManyBytes", "/announced.jpg": "TooManyBytes"},
-        **{"/drips.jpg": "HttpTimeout", "/waits.jpg": "HttpTimeout"},
     }
     assert "404" in str(found["/gone.jpg"].failure)
     assert server.asked["/busy.jpg"] == 3 and server.asked["/throttled.jpg"] == server.asked["/dropped.jpg"] == 2
-    assert server.asked["/away.jpg"] == server.asked["/waits.jpg"] == web.ATTEMPTS
-    assert server.asked["/gone.jpg"] == server.asked["/endless.jpg"] == server.asked["/drips.jpg"] == 1
+    assert server.asked["/away.jpg"] == web.ATTEMPTS
+    assert server.asked["/gone.jpg"] == server.asked["/endless.jpg"] == 1
     assert server.asked["/loop.jpg"] == 6
+
+
+def test_slow_servers_are_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it without an answer, or with a byte now and then, for ever."""
+    monkeypatch.setattr(web, "TIMEOUT", (10.0, 0.1))
+    monkeypatch.setattr(web, "MAX_SECONDS", 0.3)
+    found = list(read(Unit("files", files=tuple(server.url + path for path in SLOW)), Storage()))
+    assert [record.failure and record.failure.type for record in found] == ["HttpTimeout", "HttpTimeout"]
+    assert server.asked["/waits.jpg"] == web.ATTEMPTS
 
 
 def test_nothing_is_sent_but_the_request(server: Server) -> None:

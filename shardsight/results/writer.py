@@ -20,7 +20,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from shardsight.results.coverage import Coverage
 from shardsight.row import PLACE, ROW, STAGES
@@ -126,6 +128,12 @@ class Results:
     def _read(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.storage.open(path) as file:
             return pq.read_table(file, columns=columns)
+
+    def dataset(self) -> ds.Dataset:
+        """The rows of every file, of row.ROW."""
+        paths = [path for path in self._paths() if path.endswith(".parquet")]
+        filesystem = PyFileSystem(FSSpecHandler(self.storage.s3)) if is_remote(self.out) else None
+        return ds.dataset([path.removeprefix("s3://") for path in paths], ROW, filesystem=filesystem, format="parquet")
 
     def clear(self) -> None:
         for path in self._paths():

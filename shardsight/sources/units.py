@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from shardsight.errors import UsageError
 from shardsight.results.coverage import Ranges, merge
 from shardsight.row import Failure
 
@@ -12,7 +13,7 @@ MAX_BYTES = 1 << 30  # of one encoded record
 Wanted = Callable[[int, str | None], bool]
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """The request names something that cannot be read: one sentence for the user."""
 
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardsight import isolate as careful
+from shardsight import isolate
+from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
-from shardsight.isolate import Careful, Hopeless
-from shardsight.models.info import inspect
-from shardsight.pipeline import Annotator, Stage
+from shardsight.errors import Fault
+from shardsight.models.yolo.info import inspect
 from shardsight.row import Failure
 from shardsight.sources import Unit
 from shardsight.storage import Storage
@@ -85,7 +85,7 @@ class Echo:
 def carefully(unit: Unit, load: Load) -> list[dict[str, Any]]:
     import ray
 
-    rows = Careful(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
+    rows = isolate.Isolate(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
     return pa.concat_tables(rows).to_pylist()
 
 
@@ -93,12 +93,12 @@ def test_a_fault_that_hits_everything(
     tmp_path: Path, one_ray: None, detector: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one record after another ends its process, the records are not at fault, and are not condemned."""
-    monkeypatch.setattr(careful, "IN_A_ROW", 2)
+    monkeypatch.setattr(isolate, "IN_A_ROW", 2)
     for index in range(2):
         (tmp_path / f"{index}.jpg").write_bytes(DEADLY)
     load = DeadlyLoad(Storage(), inspect(str(detector)).input)
     files = str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")
-    with pytest.raises(Hopeless, match="processes end"):
+    with pytest.raises(Fault, match="processes die"):
         carefully(Unit("files", files=files), load)
 
 
