@@ -139,7 +139,10 @@ class _Run:
         self.storage = Storage(settings.storage)
         self.results = Results(settings.output, self.storage)
         exclude = self.results.out.rstrip("/") + "/"
-        self.listing = Listing(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude=exclude)
+        self.listing = Listing(
+            *(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude),
+            image_column=settings.image_column,
+        )
         self.listing.check()
         self.models = lineup.known(settings)
         try:
@@ -272,7 +275,7 @@ class _Run:
             "rows": done.rows,
             "resumed_rows": self.before,
             "errors": errors,
-            "ignored": dict((Counter({"other files": self.listing.ignored}) + done.ignored).most_common()),
+            "ignored": dict((self.listing.ignored + done.ignored).most_common()),
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
