@@ -13,6 +13,7 @@ from ray.util import metrics
 
 from shardsight.models.info import ModelDied
 from shardsight.models.paligemma.prompts import Prompt
+from shardsight.row import without_frames
 
 # (conf, iou, max_det, classes), as in ultralytics.
 Thresholds = tuple[float, float, int, tuple[int, ...] | None]
@@ -62,7 +63,7 @@ class Detector:
         order = np.argsort([index for indices in groups.values() for index in indices])
         self.sizes.observe(len(table))
         self.seconds.observe(time.perf_counter() - started)
-        return pack(pa.concat_tables(found).take(order))
+        return pack(without_frames(pa.concat_tables(found)).take(order))
 
 
 class Speaker:
@@ -89,7 +90,7 @@ class Speaker:
             await asyncio.gather(*waiting, return_exceptions=True)
             if tokens := sum(len(one.result().ids) for one in waiting if not one.exception()):
                 self.tokens.inc(tokens)
-            return pack(self.model.answered(asked))
+            return pack(without_frames(self.model.answered(asked)))
         except ModelDied as error:
             self.dead = str(error)
             raise

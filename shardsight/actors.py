@@ -10,6 +10,7 @@ import ray
 
 from shardsight.decode.frames import default_fatal_signals
 from shardsight.models.info import ModelDied
+from shardsight.row import without_frames
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Stage:
     """A model of the flow, in a pool of actors.
 
     name: `yolo`, `paligemma`, or `paligemma 448` of a further resolution. arguments: of its class. actors: least and
-    most. cpus, gpus: what Ray reserves for one. threads: that it computes with.
+    most. cpus, gpus: what Ray reserves for one. threads: that it computes with. last: no model comes after it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Stage:
     cpus: float
     gpus: float
     threads: int
+    last: bool = True
 
     @property
     def kind(self) -> str:
@@ -37,7 +39,7 @@ class Annotator:
 
     def __init__(self, stage: Stage, alone: bool = False) -> None:
         default_fatal_signals()
-        self.alone = alone
+        self.last, self.alone = stage.last, alone
         if stage.kind == "yolo":
             from shardsight.models.yolo.model import Yolo
 
@@ -49,7 +51,8 @@ class Annotator:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         try:
-            return self.model(table)
+            table = self.model(table)
+            return without_frames(table) if self.last else table
         except ModelDied:
             if self.alone:
                 raise
@@ -67,7 +70,7 @@ def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_
     reserved = float(cpus > count * len(models)) if share else (threads - 1) / len(models)
     stages = []
     for name, arguments in models.items():
-        stage = Stage(name, arguments, (count, count), reserved, share, threads)
+        stage = Stage(name, arguments, (count, count), reserved, share, threads, name == list(models)[-1])
         low, _, high = (actors[stage.kind] or "").partition(":")
         stages.append(replace(stage, actors=(int(low), int(high or low))) if low else stage)
     return stages

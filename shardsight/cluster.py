@@ -32,8 +32,10 @@ def join(verbose: bool = False) -> bool:
             runtime_env={"env_vars": environment} if environment else None,
         )
     except Exception as error:
-        raise UsageError(_why_not(error)) from error
+        raise UsageError(_why_not(address, error)) from error
     if not verbose:
+        import ray.data  # which configures its logging when it is imported
+
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return address == "local"
 
@@ -75,13 +77,16 @@ def living_cluster() -> str:
     return address
 
 
-def _why_not(error: Exception) -> str:
-    """Why Ray does not start, as one sentence."""
+def _why_not(address: str, error: Exception) -> str:
+    """Why Ray cannot be used, as one sentence."""
     said = " ".join(str(error).split()) or type(error).__name__
     if "AF_UNIX path length" in said:
         name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
         folder = os.environ.get(name, "")
         return f"{name}={folder} is too long for the sockets of Ray: set RAY_TMPDIR to a shorter folder, as /tmp"
-    named = os.environ.get("RAY_ADDRESS")
-    place = f"the Ray cluster at {named} cannot be joined" if named else "Ray cannot be started on this machine"
+    place = (
+        "Ray cannot be started on this machine"
+        if address == "local"
+        else f"the Ray cluster at {address} cannot be joined"
+    )
     return f"{place}: {said[:500]}"

@@ -150,8 +150,8 @@ def _next(unit: Unit) -> Record:
     """What comes next in a unit whose reader says nothing."""
     if unit.kind == "files":
         name = printable(unit.files[0])
-        return Record(None, 0, name, name)
+        return Record(None, 0, name, name, version=unit.versions[0] if unit.versions else None)
     assert unit.uri
     name = printable(unit.uri)
     position = unit.skip[0][1] if unit.skip and unit.skip[0][0] == 0 else 0
-    return Record(name, position, f"{name}#{position}", name)
+    return Record(name, position, f"{name}#{position}", name, version=unit.version)

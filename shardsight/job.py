@@ -131,6 +131,7 @@ class _Run:
     settings: Settings
     watcher: Watcher | None
     started: float = field(default_factory=time.monotonic)
+    before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
 
@@ -139,7 +140,10 @@ class _Run:
         self.storage = Storage(settings.storage)
         self.results = Results(settings.output, self.storage)
         exclude = self.results.out.rstrip("/") + "/"
-        self.listing = Listing(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude=exclude)
+        self.listing = Listing(
+            *(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude),
+            image_column=settings.image_column,
+        )
         self.listing.check()
         self.models = lineup.known(settings)
         try:
@@ -148,8 +152,9 @@ class _Run:
             raise StorageError(explain(self.results.out, error)) from error
         with lock(self.results):
             self.done = self._what_is_there()
-            self.before = self.done.rows
             with self._written_down():
+                self._drop_changed()
+                self.before = self.done.rows
                 self._passes()
         return Job(self.results.out, self.storage, self.content)
 
@@ -163,6 +168,15 @@ class _Run:
         if self.settings.retry_errors:
             self.results.drop_errors()
         return self.results.done()
+
+    def _drop_changed(self) -> None:
+        """Take away the rows of inputs that have changed since, so that they are missing and are run again."""
+        units, files = self.listing.changed(self.done)
+        if units or len(files):
+            before = self.done.rows
+            self.results.drop(units, files)
+            self.done = self.results.done()
+            self.content["changed_rows"] = before - self.done.rows
 
     @contextmanager
     def _written_down(self) -> Iterator[None]:
@@ -272,7 +286,7 @@ class _Run:
             "rows": done.rows,
             "resumed_rows": self.before,
             "errors": errors,
-            "ignored": dict((Counter({"other files": self.listing.ignored}) + done.ignored).most_common()),
+            "ignored": dict((self.listing.ignored + done.ignored).most_common()),
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),

@@ -83,9 +83,12 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
     table.add_row("errors", f"{errors.total():,}")
     for kind, count in errors.most_common():
         table.add_row("", f"{count:,} {kind}")
-    table.add_row("ignored", f"{sum(job['ignored'].values()):,}")
-    for reason, count in job["ignored"].items():
-        table.add_row("", f"{count:,} {reason}")
+    if job["ignored"]:
+        table.add_row("left out", f"{sum(job['ignored'].values()):,}")
+        for reason, count in job["ignored"].items():
+            table.add_row("", f"{count:,} {reason}")
+    if job.get("changed_rows"):
+        table.add_row("changed", f"{job['changed_rows']:,} rows of inputs that changed since were made anew")
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")

@@ -29,7 +29,7 @@ from demo.writers import jpeg
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 WEIGHTS = ROOT / "demo" / "weights"
-# Found without importing ultralytics, which shardsight.models.yolo.model has to do first.
+# Found without importing ultralytics, which shardsight.models.yolo.ultralytics_import has to do first.
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]

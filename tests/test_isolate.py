@@ -16,7 +16,7 @@ from shardsight import isolate
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
 from shardsight.errors import Fault
-from shardsight.models.info import inspect
+from shardsight.models.yolo.info import inspect
 from shardsight.row import Failure
 from shardsight.sources import Unit
 from shardsight.storage import Storage
