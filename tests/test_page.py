@@ -230,6 +230,9 @@ def test_samples(page: Page, server: Server) -> None:
         buttons.nth(number).click()
         expect(page.locator("#status")).to_contain_text(f"shapes-{number + 1}.jpg")
         expect(page.locator(".mark")).to_have_count(1)
+    buttons.nth(0).click()
+    expect(page.locator("#status")).to_contain_text("shapes-1.jpg")
+    assert page.locator("#earlier button").count() == len(server.asked) == 3  # no sample is opened twice
     sizes = [file.stat().st_size for file in (FOLDERS["page"] / "samples").iterdir()]
     assert buttons.count() == len(sizes) == 3 and max(sizes) < 100_000
 

@@ -129,9 +129,12 @@ function drawEarlier() {
 }
 
 async function openSample(path) {
+  const before = pictures.find(({ file }) => file.sample === path);
+  if (before) return select(before);
   try {
     const blob = await (await fetch(path)).blob();
-    await open(new File([blob], path.split("/").pop(), { type: blob.type }));
+    const file = new File([blob], path.split("/").pop(), { type: blob.type });
+    await open(Object.assign(file, { sample: path }));
   } catch {
     $("status").textContent = "The server cannot be reached.";
     $("status").className = "wrong";
