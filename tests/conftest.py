@@ -56,6 +56,7 @@ def one_ray() -> Iterator[str]:
 
     from jobs.annotate import start_ray
 
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.guard:proxy_middleware"  # as in config.yaml
     start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
