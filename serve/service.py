@@ -24,7 +24,7 @@ from shardsight.decode.frames import Load
 from shardsight.models.info import ModelDied
 from shardsight.models.lineup import Lineup
 from shardsight.models.paligemma.prompts import Prompt
-from shardsight.row import FRAME, Failure
+from shardsight.row import Failure, without_frames
 from shardsight.storage import Storage
 
 # (conf, iou, max_det, classes), as in ultralytics.
@@ -56,11 +56,6 @@ def pack(table: pa.Table) -> pa.Buffer:
 
 def unpack(packed: pa.Buffer) -> pa.Table:
     return pa.ipc.open_stream(packed).read_all()
-
-
-def _pack_rows(table: pa.Table) -> pa.Buffer:
-    """Without frames, which the Gateway has."""
-    return pack(table.drop_columns([name for name, _ in FRAME if name in table.schema.names]))
 
 
 class Replica:
@@ -112,7 +107,7 @@ class YoloReplica(Replica):
         order = np.argsort([index for indices in groups.values() for index in indices])
         self.sizes.observe(len(table))
         self.seconds.observe(time.perf_counter() - started)
-        return _pack_rows(pa.concat_tables(found).take(order))
+        return pack(without_frames(pa.concat_tables(found)).take(order))
 
 
 class PaliGemmaReplica(Replica):
@@ -134,7 +129,7 @@ class PaliGemmaReplica(Replica):
             await asyncio.gather(*waiting, return_exceptions=True)
             if tokens := sum(len(one.result().ids) for one in waiting if not one.exception()):
                 self.tokens.inc(tokens)
-            return _pack_rows(self.model.answered(asked))
+            return pack(without_frames(self.model.answered(asked)))
         except ModelDied as error:
             self.failed = str(error)
             raise

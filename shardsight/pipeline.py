@@ -17,6 +17,7 @@ from shardsight.decode.frames import Load, let_signals_kill
 from shardsight.isolate import Careful
 from shardsight.models.info import ModelDied
 from shardsight.results.writer import Results, Written
+from shardsight.row import without_frames
 from shardsight.sources import Unit
 
 # A file is written when it is full, or at the latest after so long: what a kill can cost.
@@ -31,6 +32,7 @@ class Stage:
 
     name: `yolo`, `paligemma`, or `paligemma 448` of a further resolution. arguments: of its class. actors: least and
     most. cpus, gpus: what Ray reserves for one. threads: that it computes with.
+    last: no model comes after it, and frames are dropped.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Stage:
     cpus: float
     gpus: float
     threads: int
+    last: bool = True
 
     @property
     def kind(self) -> str:
@@ -55,7 +58,7 @@ def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_
     reserved = float(cpus > count * len(models)) if share else (threads - 1) / len(models)
     stages = []
     for name, arguments in models.items():
-        stage = Stage(name, arguments, (count, count), reserved, share, threads)
+        stage = Stage(name, arguments, (count, count), reserved, share, threads, name == list(models)[-1])
         low, _, high = (actors[stage.kind] or "").partition(":")
         stages.append(replace(stage, actors=(int(low), int(high or low))) if low else stage)
     return stages
@@ -66,6 +69,7 @@ class Annotator:
 
     def __init__(self, stage: Stage) -> None:
         let_signals_kill()
+        self.last = stage.last
         if stage.kind == "yolo":
             from shardsight.models.yolo.model import Yolo
 
@@ -78,7 +82,8 @@ class Annotator:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         try:
-            return self.model(table)
+            table = self.model(table)
+            return without_frames(table) if self.last else table
         except ModelDied:
             os._exit(1)  # Ray starts another, and asks it
 

@@ -49,7 +49,7 @@ def arguments(models: Lineup, settings: Models) -> dict[str, dict[str, Any]]:
             own |= {"route": route if len(sizes) > 1 else None}
         else:
             own = {name: getattr(settings, name) for name in yolo}
-        found[name] = {"model": model.path, **own, "keep_frames": name != list(models)[-1]}
+        found[name] = {"model": model.path, **own}
     return found
 
 

@@ -95,7 +95,7 @@ class PaliGemma:
         prompts: Sequence[str] = ("caption en",),
         regions: bool = False,
         route: Route | None = None,
-        keep_frames: bool = False,
+        keep_frames: bool = True,
         max_tokens: int = 256,
         precision: str = "auto",
         revision: str | None = None,

@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,8 +35,9 @@ from ultralytics.engine.results import Results
 from ultralytics.utils import SETTINGS, nms
 
 from shardsight.models.info import ModelError, ModelInfo, computes_bf16
+from shardsight.models.table import Stopwatch, with_results
 from shardsight.models.yolo.letterbox import Box, CentreCrop, Letterbox
-from shardsight.row import CLASS, DETECTION, ERROR, Failure, frames_of, with_column, without_frames
+from shardsight.row import Failure, frames_of
 
 if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
@@ -68,7 +68,7 @@ class Yolo:
     """One YOLOv8 of any task, as weights or as an export that ultralytics' AutoBackend opens.
 
     conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults to the model's own.
-    precision: auto, fp32, bf16 or fp16. threads: of the CPU; all by default. keep_frames: another model comes after.
+    precision: auto, fp32, bf16 or fp16. threads: of the CPU; all by default.
     """
 
     def __init__(
@@ -82,9 +82,8 @@ class Yolo:
         precision: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
-        keep_frames: bool = False,
     ) -> None:
-        self.keep_frames = keep_frames
+        self.stopwatch = Stopwatch()
         self.path = path = Path(model)
         if not path.exists():  # ultralytics would look for it on the net
             raise ModelError(f"there are no weights at {model}")
@@ -145,32 +144,25 @@ class Yolo:
         return Compiled(self.backend.model, self.dtype, self.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with FRAME columns → the same, with `detections` or `classes`, or with `error`, and without frames."""
-        clock, cpu = time.perf_counter(), time.process_time()
+        """Rows with FRAME columns → the same, with `detections` or `classes`, or with `error`."""
+        began = self.stopwatch.now()
         heights, widths = table["height"].to_pylist(), table["width"].to_pylist()
         groups: dict[tuple[int, int], list[tuple[int, np.ndarray, Box]]] = defaultdict(list)
-        failed = table["error"].to_pylist()
         for index, frame in frames_of(table):
             box = self.input.place(widths[index], heights[index])
             groups[box.outer].append((index, frame, box))
         found: list[list[dict[str, Any]] | None] = [None] * len(table)
+        errors = table["error"].to_pylist()
         for group in groups.values():
-            for start in range(0, len(group), self.batch_size):
-                for index, outcome in self._outcomes(group[start : start + self.batch_size]):
+            for first in range(0, len(group), self.batch_size):
+                for index, outcome in self._outcomes(group[first : first + self.batch_size]):
                     if isinstance(outcome, Failure):
-                        failed[index] = outcome.row("yolo")
+                        errors[index] = outcome.row("yolo")
                     else:
                         found[index] = outcome
-        name, kind = ("classes", CLASS) if self.task == "classify" else ("detections", DETECTION)
-        count = max(1, sum(map(len, groups.values())))
-        spent = (time.perf_counter() - clock) / count, (time.process_time() - cpu) / count
-        table = table if self.keep_frames else without_frames(table)
-        table = with_column(table, name, pa.array(found, pa.list_(kind)))
-        table = with_column(table, "error", pa.array(failed, ERROR))
-        for column, seconds in zip(("yolo_clock_seconds", "yolo_cpu_seconds"), spent, strict=True):
-            values = [None if outcome is None else seconds for outcome in found]
-            table = with_column(table, column, pa.array(values, pa.float64()))
-        return table
+        computed = [index for group in groups.values() for index, _, _ in group]
+        column = "classes" if self.task == "classify" else "detections"
+        return with_results(table, "yolo", {column: found}, errors, computed, self.stopwatch.since(began))
 
     def _outcomes(
         self, items: list[tuple[int, np.ndarray, Box]]
