@@ -24,7 +24,7 @@ from serve.arguments import Arguments, Body, Options
 from serve.guard import Guard, Problem, digest, server_error
 from serve.pictures import FIELD
 from serve.service import Gateway, PaliGemmaReplica, YoloReplica
-from shardsight.cluster import gpu_memory
+from shardsight.actors import gpu_memory
 from shardsight.models import lineup
 
 # Read by Serve's proxies, where Ray is started from here.

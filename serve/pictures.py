@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image
 from starlette.datastructures import FormData, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from serve.arguments import Arguments, Body, Options, json_object, options
 from serve.guard import Problem, too_large
-from shardsight.decode.pictures import MAX_PIXELS
+from shardsight.decode.pictures import MAX_PIXELS, stored_size
 from shardsight.models import lineup
 from shardsight.models.lineup import Lineup
 from shardsight.row import ROW, frame_of
@@ -173,10 +171,6 @@ def _joined(query: Mapping[str, Any], body: dict[str, Any]) -> dict[str, Any]:
 
 def _check_pixels(data: bytes, most: int) -> None:
     """By the picture's head alone. What has none is for the decoder to refuse."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except Exception:
-        return
+    width, height = stored_size(data) or (0, 0)
     if most < width * height <= MAX_PIXELS:  # beyond that, decoding refuses it, as in the job
         raise Problem(413, f"{width}×{height} pixels; at most {most:,} are decoded here")

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demo.run import PROMPTS as DEMO_PROMPTS
 from demo.scenes import scenes
 from demo.writers import jpeg
-from jobs.demo import PROMPTS as DEMO_PROMPTS
 from shardsight.decode.pictures import decode
 from shardsight.models.info import ModelError
 from shardsight.models.paligemma.info import fits, inspect

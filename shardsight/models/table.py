@@ -80,7 +80,7 @@ def from_pictures(pictures: Picture | Sequence[Picture], input: Input) -> pa.Tab
     return pa.Table.from_arrays(columns, schema=_SCHEMA)
 
 
-def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+def to_dicts(table: pa.Table) -> list[dict[str, Any]]:
     """A table after its models → its rows as dicts with the columns of ROW."""
     return table.select(ROW.names).to_pylist()
 
