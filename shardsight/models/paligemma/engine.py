@@ -206,6 +206,8 @@ class PaliGemma:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         hear: Callable[[Generated], None] | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> "Future[Generated]":
         """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or ModelDied; cancelled, it
         costs no more work.
@@ -217,7 +219,13 @@ class PaliGemma:
         kind = RequestOutputKind.CUMULATIVE if hear else RequestOutputKind.FINAL_ONLY
         most = min(max_tokens or self.max_tokens, self.max_tokens)
         params = SamplingParams(
-            temperature=temperature, max_tokens=most, logprobs=0, detokenize=False, output_kind=kind
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            max_tokens=most,
+            logprobs=0,
+            detokenize=False,
+            output_kind=kind,
         )
         try:
             ids = self.encode(prompt.text)
