@@ -70,7 +70,7 @@ class Speaker:
     """A PaliGemma, whose engine takes each request into the batch that it is computing."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        from shardsight.models.paligemma.engine import PaliGemma
+        from shardsight.models.paligemma.model import PaliGemma
 
         self.model = PaliGemma(**arguments)
         self.dead = ""
@@ -110,12 +110,12 @@ class Speaker:
 
         future = self.model.ask(frame, prompt, max_tokens, temperature, hear if stream else None)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
-        decode = self.model.vocabulary.decode
+        reader = self.model.reader
         tokens: list[str] = []
 
         def said(generated: Any) -> dict[str, Any]:
-            tokens.extend(decode([token]) for token in generated.ids[len(tokens) :])
-            text = decode(generated.ids).strip()
+            tokens.extend(reader.vocabulary.decode([token]) for token in generated.ids[len(tokens) :])
+            text = reader.text(generated)
             return {"text": text, "tokens": tokens, "logprobs": generated.logprobs, "finish_reason": None}
 
         try:

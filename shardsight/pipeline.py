@@ -75,7 +75,7 @@ class Annotator:
 
             self.model: Any = Yolo(**stage.arguments, threads=stage.threads)
         else:
-            from shardsight.models.paligemma.engine import PaliGemma
+            from shardsight.models.paligemma.model import PaliGemma
 
             memory = 0.9 * (stage.gpus or 1)  # of the GPU that it may share with another model
             self.model = PaliGemma(**stage.arguments, threads=stage.threads, memory=memory)

@@ -20,7 +20,7 @@ def known(settings: Models) -> Lineup:
         models["yolo"] = inspect(settings.yolo, settings.imgsz)
     resolutions: dict[int, PaliGemmaInfo] = {}
     for path in settings.paligemma:
-        info = paligemma.inspect(path, settings.revision)
+        info = paligemma.inspect(path, settings.revision, settings.adapter)
         size = info.input.size
         if size in resolutions:
             raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
