@@ -19,7 +19,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python -m jobs.demo demo-output
+	$(BIN)/python -m demo.run demo-output
 
 # At 127.0.0.1:8000, until it is interrupted.
 serve: install
@@ -46,7 +46,7 @@ browser: install
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install
-	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/chaos tests/test_careful.py tests/test_cluster.py
+	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/chaos tests/test_isolate.py tests/test_cluster.py
 
 # What the defaults cost: 500 scenes, in bf16 and decoded small, against fp32 and decoded in full.
 accuracy: install

@@ -88,11 +88,11 @@ def _timed(ask: Any, frames: list[Any], out: str) -> float:
 
 
 def job(folder: str, out: str, model: str) -> float:
-    from jobs.annotate import main
+    from shardsight.cli import annotate
 
     asked = ["--paligemma", model, "--prompt", PROMPT, "--max-tokens", str(TOKENS), "--precision", "fp32"]
     started = time.perf_counter()
-    assert main([folder, "--output", out, *asked]) == 0
+    assert annotate([folder, "--output", out, *asked]) == 0
     return time.perf_counter() - started
 
 

@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS
-from jobs.demo import WEIGHTS, photographs
+from demo.run import WEIGHTS, photographs
 
 HERE = Path(__file__).parent
 FEW = 16

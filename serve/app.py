@@ -7,7 +7,6 @@ model classes (replicas.py), a deployment each, with as many replicas as there i
 import asyncio
 import base64
 import importlib.resources
-import io
 import os
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -19,7 +18,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ray import serve
 from ray.exceptions import RayActorError
@@ -32,7 +30,7 @@ from serve import chat, tensors
 from serve.guard import MOST_BYTES, Guard, Problem, digest, fault, too_large
 from serve.models import Detector, Speaker, Thresholds, pack, unpack
 from shardsight.decode.frames import Load
-from shardsight.decode.pictures import MAX_PIXELS
+from shardsight.decode.pictures import MAX_PIXELS, stored_size
 from shardsight.models import lineup
 from shardsight.models.info import ModelDied
 from shardsight.models.lineup import Lineup
@@ -348,11 +346,7 @@ def _without_error(row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_pixels(data: bytes, most: int) -> None:
     """By the picture's head alone. What has none is for the decoder to refuse."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except Exception:
-        return
+    width, height = stored_size(data) or (0, 0)
     if most < width * height <= MAX_PIXELS:  # beyond that, decoding refuses it, as in the job
         raise Problem(413, f"{width}×{height} pixels; at most {most:,} are decoded here")
 

@@ -1,31 +1,63 @@
-"""A record at a time, each in a process that may end: what a pass over everything has lost.
+"""A record at a time, each in a process that may die: for what a pass over everything has lost.
 
-A record that ends its process, alone and twice, becomes an error row; its neighbours get their rows.
+A record that kills its process twice while it is alone in it becomes an error row; its neighbours get their rows.
 """
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from shardsight.decode.frames import Load, let_signals_kill
+from shardsight.decode.frames import Load, default_fatal_signals
+from shardsight.errors import Fault
+from shardsight.models.info import ModelDied
 from shardsight.row import ERROR, Failure, with_column, without_frames
 from shardsight.sources import Record, Unit, printable, read
 
-ENDED = (WorkerCrashedError, RayActorError, OutOfMemoryError, NodeDiedError)
-ATTEMPTS = 2  # what ends a process once may have been unlucky
-IN_A_ROW = 5  # records; when as many end their processes, it is not the records
+# Of processes and nodes. An object is lost with the node that holds it.
+DEATHS = (WorkerCrashedError, RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+# Of its exceptions, Ray Data passes over all or none, and logs here each that it passes over.
+PASSED_OVER = "ray.data._internal.execution.streaming_executor_state"
+ATTEMPTS = 2  # a process that died once may have been somebody else's victim
+IN_A_ROW = 5  # records; when the processes of as many die, it is not the records
 
 
-class Hopeless(Exception):
-    """Processes end whatever they are given: one sentence for the user."""
+def is_death(error: BaseException) -> bool:
+    """Whether a process or node died, rather than raised: an actor whose class does not start has raised."""
+    return isinstance(error, DEATHS) and not getattr(error, "actor_init_failed", False)
 
 
-class Careful:
+@contextmanager
+def only_deaths() -> Iterator[None]:
+    """Let a dataset that passes over errors pass over deaths of processes and nodes alone, and raise any other.
+
+    Ray Data can tell errors apart by their number only. It logs each that it passes over, in the thread that runs the
+    dataset, and what a logger's filter raises there ends the dataset.
+    """
+
+    def check(entry: logging.LogRecord) -> bool:
+        error = entry.exc_info[1] if entry.exc_info else None
+        if error is not None and not is_death(error):
+            raise error
+        return True
+
+    logger = logging.getLogger(PASSED_OVER)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = logging.getLogger("ray.data").isEnabledFor(logging.ERROR)
+    logger.addFilter(check)
+    try:
+        yield
+    finally:
+        logger.removeFilter(check)
+
+
+class Isolate:
     """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`.
 
     models: (stage, what starts it), in the order in which a row meets them.
@@ -34,10 +66,10 @@ class Careful:
     def __init__(self, load: Load, models: Sequence[tuple[str, Callable[[], Any]]]) -> None:
         self.load, self.start = load, models
         self.models: dict[int, Any] = {}
-        self.condemned = 0  # records in a row
+        self.dead = 0  # records in a row
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table with pickled Units in the column `unit` → annotated rows."""
+        """A table with pickled Units in the column `unit` → annotated rows. Raises Fault, ModelDied."""
         for pickled in batch["unit"].to_pylist():
             yield from self.unit(pickle.loads(pickled))
 
@@ -54,20 +86,20 @@ class Careful:
                         continue
                     assert current
                     yield self.annotate(content, current.id)
-                    done.append(current.position)
+                    done.append(current.index)
                     current = None
                 return
-            except ENDED as error:
+            except DEATHS as error:
                 unit = unit.without(done)
-                # Where nothing was announced, it is the reading that ends the process, and the unit ends there.
+                # Where no record was announced, reading kills the process, and the unit ends there.
                 record = current or replace(_next(unit), last=True)
                 deaths = deaths + 1 if record.id == suspect else 1
                 suspect = record.id
                 if deaths < ATTEMPTS:
                     continue
                 row = self.load.row(replace(record, failure=Failure("", "")))
-                yield self.condemn(self.load.table([row]), record.id, "decode" if current else "read", error)
-                unit = unit.without([record.position])
+                yield self.give_up(self.load.table([row]), record.id, "decode" if current else "read", error)
+                unit = unit.without([record.index])
                 if not current and unit.kind != "files":
                     return
 
@@ -80,31 +112,35 @@ class Careful:
                     self.models[number] = model
                     table = ray.get(model.__call__.remote(table))
                     break
-                except ENDED as error:
+                except ModelDied:  # by no record's fault
+                    ray.kill(self.models.pop(number))
+                    if attempt == ATTEMPTS:
+                        raise
+                except DEATHS as error:
+                    if not is_death(error):
+                        raise
                     self.models.pop(number, None)
                     if attempt == ATTEMPTS:
-                        return self.condemn(table, id, stage, error)
-        self.condemned = 0
+                        return self.give_up(table, id, stage, error)
+        self.dead = 0
         return table
 
-    def condemn(self, table: pa.Table, id: str, stage: str, error: Exception) -> pa.Table:
-        """The row of a record that has ended its processes."""
-        self.condemned += 1
-        if self.condemned == IN_A_ROW:
-            raise Hopeless(
-                f"processes end at whatever they are given, last at {id}: look for a lack of memory or a broken "
-                "installation"
-            )
+    def give_up(self, table: pa.Table, id: str, stage: str, error: Exception) -> pa.Table:
+        """The error row of a record that has killed its processes. Raises Fault."""
+        self.dead += 1
+        if self.dead == IN_A_ROW:
+            sentence = f"processes die whatever they are given, last at {id}"
+            raise Fault(f"{sentence}: look for a lack of memory or a broken installation")
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
-        failure = Failure(kind, f"its process ended each of the {ATTEMPTS} times that it was tried alone")
+        failure = Failure(kind, f"its process died each of the {ATTEMPTS} times that it was tried alone")
         errors = pa.array([failure.row(stage)], ERROR)
         return with_column(without_frames(table), "error", errors)
 
 
 @ray.remote(num_cpus=1, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=1)
 def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table]:
-    """Of each record its place, and then its row: the place has arrived before the record can end the process."""
-    let_signals_kill()
+    """Of each record its place, and then its row: the place has arrived before the record can kill the process."""
+    default_fatal_signals()
     for record in read(unit, load.storage):
         yield replace(record, data=None)
         yield load.table([load.row(record)])

@@ -15,11 +15,11 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 @dataclass
 class Progress:
-    """before: inputs that were done when the run began. total: inputs, where one can tell."""
+    """Hears of a job (see job.Watcher) and shows it."""
 
-    before: int
-    total: int | None
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    before: int = 0  # rows that were there when the pass began
+    total: int | None = None
     rows: int = 0
     errors: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -35,8 +35,12 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def add(self, rows: int, errors: int) -> None:
-        self.rows, self.errors = self.rows + rows, self.errors + errors
+    def begin(self, done: int, total: int | None) -> None:
+        self.before, self.total, self.rows, self.errors = done, total, 0, 0
+        self.started = time.monotonic()
+
+    def add(self, rows: int, errors: int, total: int | None) -> None:
+        self.rows, self.errors, self.total = self.rows + rows, self.errors + errors, total
         if self.live:
             self.live.update(Text(f"{self._bar()} {self}"), refresh=True)
         elif time.monotonic() - self.said >= EVERY:
@@ -79,6 +83,9 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
     table.add_row("errors", f"{errors.total():,}")
     for kind, count in errors.most_common():
         table.add_row("", f"{count:,} {kind}")
+    table.add_row("ignored", f"{sum(job['ignored'].values()):,}")
+    for reason, count in job["ignored"].items():
+        table.add_row("", f"{count:,} {reason}")
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")

@@ -57,8 +57,13 @@ ROW = pa.schema(
     ]
 )
 
-# Where the row stands in the work: see Unit and Record in sources.py.
-PLACE = [("unit", pa.string()), ("position", pa.int64()), ("last", pa.bool_())]
+# Where a row stands in the work (see Unit and Record in sources): a record of a unit, None for a loose file, and a
+# frame of the record, 0 of a picture. version: of the file that it was read from. ignored: with a unit's last row, how
+# many of its entries hold no picture, by reason, as JSON.
+PLACE = [
+    *[("unit", pa.string()), ("record", pa.int64()), ("last_record", pa.bool_())],
+    *[("frame_number", pa.int32()), ("last_frame", pa.bool_()), ("version", pa.string()), ("ignored", pa.string())],
+]
 # RGB uint8, row after row, and its size, which is the model's rather than the picture's.
 FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_height", pa.int32())]
 STAGES = ("read", "decode", "yolo", "paligemma")
@@ -105,6 +110,11 @@ def without_frames(table: pa.Table) -> pa.Table:
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     """The table with another content of a column."""
     return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def version_of(*facts: object) -> str:
+    """What tells one state of a file from another, such as its size and time, or its ETag: 16 hexadecimal digits."""
+    return digest("\0".join(map(str, facts)))[:8].hex()
 
 
 def digest(id: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from shardsight.errors import UsageError
 from shardsight.models.paligemma.prompts import Prompt
 from shardsight.sources import absolute
 from shardsight.storage import OPTIONS
@@ -25,14 +27,14 @@ from shardsight.storage import OPTIONS
 # Settings that change no row: another value goes on with the same output.
 _FREE = {
     "output", "batch_size", "yolo_actors", "paligemma_actors", "gpus_per_actor", "rows_per_file", "storage",
-    "overwrite", "retry_errors", "max_error_rate", "config",
+    "overwrite", "retry_errors", "max_error_rate", "config", "verbose",
 }  # fmt: skip
+# Settings that change rows only where there is such a model, or where there are several PaliGemmas.
+_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz"}
+_OF_PALIGEMMA = {"revision", "adapter", "prompt", "on", "max_tokens"}
+_OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
 _SECRET = ("key", "secret", "token")
 Class = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class UsageError(Exception):
-    """The request is wrong: one sentence that says what to do. The commands exit with 2."""
 
 
 class Models(BaseSettings):
@@ -40,43 +42,45 @@ class Models(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid")
 
-    yolo: str | None = Field(None, description="weights (.pt), or an export: .onnx, …_openvino_model/, .engine, …")
+    yolo: str | None = Field(
+        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …"
+    )
     conf: float = Field(0.25, ge=0, le=1, description="least score of a detection")
-    iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker detection")
+    iou: float = Field(0.7, ge=0, le=1, description="overlap above which the weaker of two detections is dropped")
     max_det: int = Field(300, ge=1, description="most detections of a picture")
     classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
     paligemma: list[str] = Field(
         [],
-        description="folder, or name on Hugging Face's hub, of a PaliGemma 1 or 2; repeatable, for other resolutions",
+        description="a PaliGemma 1 or 2: a folder, or its name on Hugging Face's hub; repeat it for other resolutions",
     )
     resolution: str = Field(
         "auto",
-        description="auto: of several --paligemma the lowest in which nothing is small; N: the one of N pixels",
+        description="of several --paligemma: auto asks the lowest in which nothing is small, N the one of N pixels",
     )
     small_box: float = Field(
-        16, ge=0, description="pixels of the model's input; a picture with a smaller box from YOLO goes to a larger one"
+        16, ge=0, description="auto: a picture with a box of fewer pixels of the model's input goes to a larger model"
     )
     lost_detail: float = Field(
-        0.08, ge=0, le=1, description="contrast; a picture whose finest part loses more of it goes to a larger one"
+        0.08, ge=0, le=1, description="auto: a picture that loses more contrast than this goes to a larger model"
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    adapter: str | None = Field(None, description="folder of a LoRA adapter of it, as peft saves it")
+    adapter: str | None = Field(None, description="folder of a LoRA adapter, as peft saves it")
     prompt: list[str] = Field(
         [],
-        description="what PaliGemma is asked, repeatable: caption en (by default), ocr, answer en QUESTION, "
-        "detect a ; b, segment a",
+        description="what PaliGemma is asked, repeatable: 'caption en' (by default), 'ocr', 'answer en QUESTION', "
+        "'detect a ; b', 'segment a'",
     )
     on: Literal["image", "regions"] = Field(
         "image", description="PaliGemma sees the whole picture, or the crop of each of YOLO's detections"
     )
     max_tokens: int = Field(256, ge=1, description="most tokens of an answer")
-    scaled_decode: CliImplicitFlag[bool] = Field(True, description="decode JPEGs no larger than the model needs")
+    scaled_decode: CliImplicitFlag[bool] = Field(True, description="decode JPEGs no larger than the models need")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
+        "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
-    batch_size: int | None = Field(None, ge=1, description="pictures the model takes at once; 64 on a GPU, else 16")
-    storage: dict[str, str] = Field({}, description=f"KEY=VALUE for s3://, repeatable: {', '.join(OPTIONS)}")
+    batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
+    storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {', '.join(OPTIONS)}")
 
     @classmethod
     def settings_customise_sources(
@@ -136,27 +140,27 @@ class Models(BaseSettings):
 class Settings(Models):
     """Annotate pictures with YOLOv8, PaliGemma or both, and write Parquet, each input exactly once."""
 
-    model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_prog_name="python -m jobs.annotate", cli_avoid_json=True, cli_hide_none_type=True
-    )
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True)
 
     inputs: CliPositionalArg[list[str]] = Field(
         [],
-        description="files, folders, globs or s3:// prefixes: pictures, .tar (WebDataset), .parquet with encoded "
-        "images, or a .txt/.csv/.jsonl list of uris",
+        description="files, folders, globs or prefixes, local or s3://, gs://, az://: pictures, .tar (WebDataset), "
+        ".parquet with encoded pictures, or .txt, .csv, .jsonl lists of paths and uris",
     )
-    output: str = Field(description="folder or s3:// prefix; holds results/*.parquet and job.json")
-    yolo_actors: str | None = Field(None, description="MIN:MAX model processes; sized to the cluster by default")
-    paligemma_actors: str | None = Field(None, description="the same, of PaliGemma")
+    output: str = Field(description="folder or prefix for results/*.parquet and job.json")
+    yolo_actors: str | None = Field(None, description="processes that compute YOLO; sized to the cluster by default")
+    paligemma_actors: str | None = Field(None, description="the same for PaliGemma")
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
     rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
-    uri_column: str | None = Field(None, description="column of uris, in Parquet and in .csv or .jsonl lists")
-    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures too")
+    image_column: str | None = Field(None, description="column of encoded pictures in Parquet; found by default")
+    uri_column: str | None = Field(None, description="column of paths or uris, in Parquet and in .csv or .jsonl lists")
+    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures with their rows")
     limit: int | None = Field(None, ge=1, description="the first N inputs only")
     overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
     retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
     max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed inputs above which the job exits 3")
     config: str | None = Field(None, description="YAML with these names, or an earlier job.json; flags win")
+    verbose: CliToggleFlag[bool] = Field(False, description="show what Ray and the models log, too")
 
     @field_validator("output")
     @classmethod
@@ -175,7 +179,7 @@ class Settings(Models):
     @model_validator(mode="after")
     def _a_model(self) -> Self:
         if not self.inputs:
-            raise ValueError("no input: give files, folders, globs or s3:// prefixes")
+            raise ValueError("no input: give files, folders, globs or prefixes")
         for name in ("prompt", "revision", "adapter"):
             if getattr(self, name) and not self.paligemma:
                 raise ValueError(f"--{name} needs a model to ask: give --paligemma MODEL")
@@ -191,13 +195,25 @@ class Settings(Models):
             self.prompt = ["caption en"]
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide what the rows say."""
-        return {name: value for name, value in self.record().items() if name not in _FREE}
+    def changed(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Of settings that decide what this job's rows say, those that an earlier job recorded otherwise: (old, new).
+
+        before: its `record()`. What it lacks, as the version before had no such setting, had today's default.
+        """
+        free = set(_FREE)
+        free |= set() if self.yolo else _OF_YOLO
+        free |= set() if self.paligemma else _OF_PALIGEMMA
+        free |= set() if len(self.paligemma) > 1 else _OF_SEVERAL
+        pairs = {
+            name: (before.get(name, type(self).model_fields[name].get_default(call_default_factory=True)), value)
+            for name, value in self.record().items()
+            if name not in free
+        }
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
     def record(self) -> dict[str, Any]:
         """Every setting, for job.json; secrets are left out."""
-        values = self.model_dump(exclude={"overwrite", "retry_errors", "config"})
+        values = self.model_dump(exclude={"overwrite", "retry_errors", "config", "verbose"})
         values["storage"] = {name: value for name, value in self.storage.items() if name not in _SECRET}
         return values
 
@@ -207,7 +223,7 @@ def _split(entry: Any) -> list[str]:
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Command line, over `--config`, over defaults. Raises UsageError; prints and exits on --help."""
+    """Command line, over `--config`, over defaults. Raises UsageError."""
     verbatim: dict[str, list[str]] = {}
 
     def parse_args(parser: Any, arguments: list[str]) -> Any:
@@ -229,6 +245,19 @@ def parse(arguments: list[str]) -> Settings:
         raise UsageError(_sentence(error)) from None
     except SettingsError as error:
         raise UsageError(f"{str(error).removeprefix('error parsing CLI: ')}; see --help") from None
+
+
+def settings(**options: Any) -> Settings:
+    """The settings of a job as a program names them. Raises UsageError."""
+    given = {name: [str(one) for one in value] if name == "inputs" else value for name, value in options.items()}
+    given |= {name: str(value) for name, value in options.items() if isinstance(value, os.PathLike)}
+    for name in ("prompt", "paligemma"):
+        if isinstance(given.get(name), (str, os.PathLike)):
+            given[name] = [str(given[name])]
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UsageError(_sentence(error, flag="")) from None
 
 
 def _config(arguments: list[str]) -> dict[str, Any]:
@@ -253,15 +282,72 @@ def _config(arguments: list[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, as one sentence."""
+def _sentence(error: ValidationError, flag: str = "--") -> str:
+    """The first thing that is wrong, as one sentence. flag: what stands before a setting's name."""
     first = error.errors()[0]
     place = str(first["loc"][0]) if first["loc"] else ""
-    name = "INPUT" if place == "inputs" else f"--{place.replace('_', '-')}"
+    name = "INPUT" if place == "inputs" else f"{flag}{place.replace('_', '-') if flag else place}"
     message = first["msg"].removeprefix("Value error, ")
+    help = "; see --help" if flag else ""
     if first["type"] == "missing":
-        return f"{name} is missing; see --help"
+        return f"{name} is missing{help}"
     if first["type"] == "extra_forbidden":
-        return f"there is no setting {place}; see --help"
+        return f"there is no setting {place}{help}"
     given = "" if not place or first["type"] == "value_error" else f", not {first['input']!r}"
     return f"{name}: {message[0].lower() + message[1:]}{given}" if place else message
+
+
+# What --help says of the settings: group → name → what stands for its value.
+_HELP = {
+    "Input and output": {
+        **{"inputs": "INPUT...", "output": "PATH", "limit": "N", "image_column": "NAME", "uri_column": "NAME"},
+        **{"keep_images": "", "rows_per_file": "N", "storage": "KEY=VALUE"},
+    },
+    "YOLO": {
+        **{"yolo": "PATH", "conf": "0..1", "iou": "0..1", "max_det": "N", "classes": "N,N,...", "imgsz": "N or H,W"},
+        **{"batch_size": "N"},
+    },
+    "PaliGemma": {
+        **{"paligemma": "PATH or NAME", "prompt": "TEXT", "on": "image|regions", "max_tokens": "N", "adapter": "PATH"},
+        **{"revision": "NAME", "resolution": "auto|N", "small_box": "PIXELS", "lost_detail": "0..1"},
+    },
+    "Speed": {
+        **{"precision": "auto|fp32|bf16|fp16", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
+        **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
+    },
+    "The job": {
+        **{"config": "FILE", "overwrite": "", "retry_errors": "", "max_error_rate": "0..1", "verbose": ""},
+    },
+}
+_EXAMPLES = """Examples:
+  {command} pictures/ --output out --yolo yolov8n.pt
+  {command} 's3://bucket/shards/*.tar' --output s3://bucket/out --yolo best.pt --conf 0.4 --classes 0,2
+  {command} pictures/ --output out --paligemma google/paligemma2-3b-mix-448 --prompt 'detect cat ; dog'
+  {command} --config out/job.json --retry-errors
+
+The same command goes on where an interrupted one stopped. Exit codes: 0 done, 1 stopped by a fault and resumable, 2 the
+request is wrong, 3 done with more errors than --max-error-rate, 130 interrupted and resumable."""
+
+
+def help_text(command: str, width: int = 100) -> str:
+    """What `command --help` prints."""
+    lines = [f"Usage: {command} INPUT... --output PATH [--yolo PATH] [--paligemma PATH --prompt TEXT]", ""]
+    lines += [*textwrap.wrap(Settings.__doc__ or "", width), ""]
+    indent = " " * 30
+    for group, names in _HELP.items():
+        lines.append(f"{group}:")
+        for name, value in names.items():
+            field = Settings.model_fields[name]
+            default = field.get_default(call_default_factory=True) if not field.is_required() else None
+            flag = "--" + name.replace("_", "-")
+            if default is True:
+                flag = f"{flag}, --no-{flag[2:]}"
+            said = field.description or ""
+            if isinstance(default, (str, int, float)) and not isinstance(default, bool) and default != "auto":
+                said += f"; {default:,}" if isinstance(default, int) else f"; {default}"
+            left = f"  {value if name == 'inputs' else f'{flag} {value}'.rstrip()}"
+            text = textwrap.wrap(said, width - len(indent))
+            lines += [left] if len(left) >= len(indent) - 1 else [f"{left:{len(indent)}}{text.pop(0)}"]
+            lines += [indent + line for line in text]
+        lines.append("")
+    return "\n".join([*lines, _EXAMPLES.format(command=command)])

@@ -10,6 +10,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from shardsight.errors import UsageError
+
 if TYPE_CHECKING:
     import s3fs
 
@@ -39,7 +41,7 @@ def _without_redirects() -> type:
     return Session
 
 
-class StorageError(Exception):
+class StorageError(UsageError):
     """A store that cannot be used at all: one sentence for the user."""
 
 

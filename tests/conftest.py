@@ -29,7 +29,7 @@ from demo.writers import jpeg
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 WEIGHTS = ROOT / "demo" / "weights"
-# Found without importing ultralytics, which shardsight.models.yolo.model has to do first.
+# Found without importing ultralytics, which shardsight.models.yolo.ultralytics_import has to do first.
 _ULTRALYTICS = importlib.util.find_spec("ultralytics")
 assert _ULTRALYTICS and _ULTRALYTICS.origin
 PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("bus.jpg", "zidane.jpg")]
@@ -54,9 +54,9 @@ def one_ray() -> Iterator[str]:
     """A cluster that the jobs of all tests share; its address."""
     import ray
 
-    from jobs.annotate import start_ray
+    from shardsight import cluster
 
-    start_ray()
+    cluster.join()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -64,10 +64,10 @@ def one_ray() -> Iterator[str]:
 @pytest.fixture
 def annotate(one_ray: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs the job in this process; returns its exit code and what it said."""
-    from jobs.annotate import main
+    from shardsight.cli import annotate
 
     def run(*arguments: Any) -> tuple[int, str]:
-        code = main([str(argument) for argument in arguments])
+        code = annotate([str(argument) for argument in arguments])
         return code, capfd.readouterr().err
 
     return run
@@ -179,6 +179,18 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def place(unit: str | None, record: int, last: bool = False, frame: int = 0, frames: int | None = 1) -> dict[str, Any]:
+    """A row's place and what else is evidence, of a record of so many `frames`, None where that is not known yet."""
+    here = {
+        "unit": unit,
+        "record": record,
+        "last_record": last,
+        "frame_number": frame,
+        "last_frame": frame + 1 == frames,
+    }
+    return here | {"version": None, "ignored": None, "id": f"{unit}#{record}@{frame}", "error": None}
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -333,7 +333,7 @@ def test_lists_and_uri_columns(tmp_path: Path, jpegs: list[bytes], annotate: Ann
 
 @pytest.fixture(scope="module")
 def finished(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from jobs.annotate import main
+    from shardsight.cli import annotate
 
     folder, out = tmp_path_factory.mktemp("in"), tmp_path_factory.mktemp("out")
     for index in range(6):
@@ -341,7 +341,7 @@ def finished(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPat
     (folder / "broken.jpg").write_bytes(b"x")
     shutil.copy(PHOTOGRAPHS[0], folder)
     command = [str(folder), "--output", str(out), "--yolo", str(WEIGHTS / "detect.pt"), "--max-error-rate", "1"]
-    assert main([*command, "--keep-images", "--rows-per-file", "3"]) == 0
+    assert annotate([*command, "--keep-images", "--rows-per-file", "3"]) == 0
     return out
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.annotate import _living_cluster
+from shardsight.cluster import living_cluster
 from shardsight.settings import UsageError
 from tests.conftest import BIN, ROOT, free_port, job_of, ray_head, start_job
 
@@ -29,10 +29,10 @@ def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.Monkey
     """Nothing is there to join, the private cluster of another job least of all: it ends with that job."""
     monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "none"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert _living_cluster() == "local"
+    assert living_cluster() == "local"
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(UsageError, match="RAY_ADDRESS=nonsense"):
-        _living_cluster()
+        living_cluster()
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_cluster_that_is_gone(
     (tmp_path / "address").write_text(gone)
     monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "address"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert _living_cluster() == "local"
+    assert living_cluster() == "local"
 
 
 @pytest.mark.slow

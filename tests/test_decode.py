@@ -13,18 +13,8 @@ from PIL import Image, ImageOps
 from shardsight.decode.pictures import MAX_PIXELS, decode
 from shardsight.row import Failure
 from tests.conftest import PHOTOGRAPHS
+from tests.encoded import picture, save
 from tests.test_annotate import huge_png
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 255, (6, 10, 3), np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def save(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)

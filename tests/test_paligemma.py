@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from demo.run import PROMPTS as DEMO_PROMPTS
 from demo.scenes import scenes
 from demo.writers import jpeg
-from jobs.demo import PROMPTS as DEMO_PROMPTS
 from shardsight.decode.pictures import decode
 from shardsight.models.info import ModelError
 from shardsight.models.paligemma.info import fits, inspect, request_length
@@ -204,7 +204,7 @@ def test_known_before_it_is_loaded(tmp_path: Path) -> None:
     assert published.parameters == info.parameters and published.sha256 != info.sha256
 
 
-def test_room_for_a_request(tmp_path: Path) -> None:
+def test_most_tokens_of_a_request(tmp_path: Path) -> None:
     """PaliGemma 2 at 896 pixels runs on a CPU; on a GPU, where vLLM drops its mask, it is refused in a sentence."""
     info = replace(inspect(str(make(tmp_path / "model", "gemma2"))), image_tokens=4096, length=8192, window=4096)
     assert request_length(info, prompt_tokens=256, max_tokens=256, cuda=False) == 4096 + 256 + 2 + 256

@@ -35,7 +35,7 @@ def inputs(jpegs: list[bytes]) -> list[tuple[str, bytes]]:
 @pytest.fixture(scope="module")
 def rows(one_ray: str, inputs: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the job says of them, by name. Before the service takes its share of two cores."""
-    from jobs.annotate import main
+    from shardsight.cli import annotate
 
     folder = tmp_path_factory.mktemp("job")
     (folder / "in").mkdir()
@@ -43,7 +43,7 @@ def rows(one_ray: str, inputs: list[tuple[str, bytes]], tmp_path_factory: pytest
         (folder / "in" / name).write_bytes(data)
     arguments = [folder / "in", "--output", folder / "out", "--max-error-rate", 1, "--precision", "fp32"]
     arguments += ["--yolo", WEIGHTS / "detect.pt", "--paligemma", WEIGHTS / "paligemma"]
-    assert main([*map(str, arguments), *(part for prompt in PROMPTS for part in ("--prompt", prompt))]) == 0
+    assert annotate([*map(str, arguments), *(part for prompt in PROMPTS for part in ("--prompt", prompt))]) == 0
     return {Path(row["id"]).name: row for row in rows_of(folder / "out")}
 
 

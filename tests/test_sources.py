@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardsight.results.coverage import Coverage, Ranges
 from shardsight.sources import InputError, Listing, Record, Unit, absolute, as_json, read
 from shardsight.storage import Storage
-from tests.conftest import write_tar
+from tests.conftest import place, write_tar
 
 STORAGE = Storage()
 
@@ -39,7 +39,7 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
         ],
     )
     found = records(tmp_path / "a.tar")
-    assert [(r.position, r.id.rpartition("#")[2], r.data) for r in found] == [
+    assert [(r.index, r.id.rpartition("#")[2], r.data) for r in found] == [
         *[(0, "a.jpg", b"A"), (1, "dir/b.left.png", b"L"), (2, "dir/b.right.png", b"R"), (3, "c.JPG", b"C")]
     ]
     assert [r.metadata and json.loads(r.metadata) for r in found] == [
@@ -130,7 +130,7 @@ def test_positions_that_are_done_are_not_read(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(tarfile.ExFileObject, "read", counting)
     found = records(tmp_path / "a.tar", skip=[(0, 20), (22, 49)])
-    assert [record.position for record in found] == [20, 21, 49] and found[-1].last
+    assert [record.index for record in found] == [20, 21, 49] and found[-1].last
     assert read_bytes == 300_000
 
     pq.write_table(pa.table({"image": [b"a", b"b", b"c", b"d"]}), tmp_path / "a.parquet", row_group_size=2)
@@ -140,7 +140,7 @@ def test_positions_that_are_done_are_not_read(tmp_path: Path, monkeypatch: pytes
         pq.ParquetFile, "iter_batches", lambda self, **k: groups.append(k["row_groups"]) or iter_batches(self, **k)
     )
     found = records(tmp_path / "a.parquet", skip=[(0, 3)], kind="parquet")
-    assert [(record.position, record.data) for record in found] == [(3, b"d")] and groups == [[1]]
+    assert [(record.index, record.data) for record in found] == [(3, b"d")] and groups == [[1]]
 
 
 def test_parquet_of_every_shape(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
     data[offset : offset + 400] = b"\xff" * 400
     path.write_bytes(data)
     found = records(path, kind="parquet")
-    assert [record.position for record in found] == list(range(9))
+    assert [record.index for record in found] == list(range(9))
     assert [bool(record.failure) for record in found] == [False] * 3 + [True] * 3 + [False] * 3
 
 
@@ -210,8 +210,8 @@ def test_done_units_are_not_listed(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("x.jpg", b"x"), ("y.jpg", b"y")])
     (tmp_path / "l.jpg").write_bytes(b"x")
     tar = str(tmp_path / "a.tar")
-    rows = [{"unit": tar, "position": n, "last": n == 1, "id": "", "error": None} for n in range(2)]
-    loose = [{"unit": None, "position": 0, "last": False, "id": str(tmp_path / "l.jpg"), "error": None}]
+    rows = [place(tar, n, n == 1) for n in range(2)]
+    loose = [place(None, 0) | {"id": str(tmp_path / "l.jpg")}]
     assert listed(tmp_path, done=Coverage.of(rows + loose)) == []
     assert [unit.skip for unit in listed(tmp_path, done=Coverage.of(rows[1:] + loose))] == [[(1, 2)]]
     assert [unit.kind for unit in listed(tmp_path, done=Coverage.of(rows))] == ["files"]

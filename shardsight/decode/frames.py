@@ -1,6 +1,7 @@
 """Units → tables of decoded frames: reading and decoding in one process, with no copy between them."""
 
 import ctypes
+import json
 import pickle
 import signal
 import time
@@ -48,18 +49,19 @@ class Largest:
 class Load:
     """Reads and decodes units.
 
-    input: the model's, whose size the frames need not exceed. scaled: decode JPEGs no larger than it.
+    input: the model's, whose size the frames need not exceed; at their own size without. scaled: decode JPEGs no larger
+    than it.
     keep_images: leave the encoded bytes in the row.
     """
 
     storage: Storage
-    input: Input
+    input: Input | None = None
     scaled: bool = True
     keep_images: bool = False
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with pickled Units in the column `unit` → tables of TABLE."""
-        let_signals_kill()
+        default_fatal_signals()
         rows: list[dict[str, Any]] = []
         held = 0
         for pickled in batch["unit"].to_pylist():
@@ -76,7 +78,12 @@ class Load:
         row: dict[str, Any] = {
             **{"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None},
             **{"image": record.data if self.keep_images else None},
-            **{"unit": record.unit, "position": record.position, "last": record.last},
+            **{"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version},
+            **{
+                "frame_number": 0,
+                "last_frame": True,
+                "ignored": json.dumps(record.ignored) if record.ignored else None,
+            },
             **{"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]},
         }
         if record.failure:
@@ -94,8 +101,9 @@ class Load:
 
     def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
         """Encoded bytes → frame, RGB uint8 (h, w, 3), and the picture's own (width, height)."""
-        frame, width, height = decode(data, self.input.enough if self.scaled else None)
-        return np.ascontiguousarray(self.input.shrink(frame, width, height)), width, height
+        frame, width, height = decode(data, self.input.enough if self.input and self.scaled else None)
+        frame = self.input.shrink(frame, width, height) if self.input else frame
+        return np.ascontiguousarray(frame), width, height
 
     @staticmethod
     def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -104,9 +112,9 @@ class Load:
         return pa.Table.from_arrays(columns, schema=TABLE)
 
 
-def let_signals_kill() -> None:
-    """To call in each of Ray's processes. Ray's own handler of fatal signals writes down where it was; where that
-    faults in turn, it is called again, for ever: the process does not die, and the job waits for it."""
-    standard = ctypes.CDLL(None)  # signal.signal works in the main thread only
+def default_fatal_signals() -> None:
+    """Let a fatal signal end the process, at the start of each of Ray's. Ray's own handler writes a stack trace; where
+    that faults in turn, it is called again without end: the process lives on, and the job waits for it."""
+    libc = ctypes.CDLL(None)  # signal.signal works in the main thread only
     for fatal in (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV):
-        standard.signal(int(fatal), int(signal.SIG_DFL))
+        libc.signal(int(fatal), int(signal.SIG_DFL))

@@ -1,26 +1,64 @@
 """Encoded bytes → RGB uint8 (H, W, 3), as people see the picture."""
 
 import io
-from collections.abc import Callable
+import zlib
 
 import cv2
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
+from shardsight.decode import exif
+from shardsight.decode.jpeg import Jpeg, Size
+from shardsight.decode.tiff import Layout, without_metadata
 from shardsight.row import Failure
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 512 MiB of RGB
 
-# Pillow must not refuse by itself what MAX_PIXELS lets through, with another error.
-Image.MAX_IMAGE_PIXELS = None
+_DECODED_ENDINGS = """
+    jpg jpeg jpe jfif mpo png apng webp gif avif avifs heic heif hif heics heifs bmp dib tif tiff btf tf8
+    jp2 j2k j2c jpc jpf jpx pbm pgm ppm pnm tga icb vda vst ico cur icns psd qoi dds pcx dcx sgi rgb rgba bw
+    ras xbm xpm fli flc msp blp ftc ftu gbr im pxr
+"""
+# Pictures too, and each an UnsupportedImage: raw photographs, floating-point numbers, drawings, and codecs
+# that neither Pillow nor OpenCV has.
+_UNSUPPORTED_ENDINGS = """
+    dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f erf kdc mrw 3fr mef iiq rwl
+    pfm hdr exr fits svg svgz eps wmf emf jxl jxr wdp hdp xcf dcm djvu bpg flif
+"""
+# The file endings, lower case and with their dot, of what is a picture by its name.
+ENDINGS = frozenset(f".{ending}" for ending in (_DECODED_ENDINGS + _UNSUPPORTED_ENDINGS).split())
 
-Size = Callable[[int, int], tuple[int, int]]
-
-# What libjpeg-turbo says of files that every viewer shows whole; Pillow, which does not stop at that, has
-# the last word on them.
-_HARMLESS = ("extraneous bytes", "Invalid SOS", "Adobe color transform", "unknown JFIF", "bad ICC")
-_END = b"\xff\xd9"
+# (where, bytes, name) of pictures that are known, and not decoded.
+_UNSUPPORTED = [
+    *((0, magic, "a camera's raw photograph") for magic in (b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM", b"IIRO", b"IIRS")),
+    *((0, magic, "a camera's raw photograph") for magic in (b"IIU\0", b"II\x1a\0\0\0HEAPCCDR", b"MMOR")),
+    (4, b"ftypcrx ", "a camera's raw photograph"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"II\xbc", "JPEG XR"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"#?RGBE", "Radiance HDR"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (0, b"%PDF", "PDF"),
+    (0, b"\xd7\xcd\xc6\x9a", "Windows Metafile"),
+    (40, b" EMF", "Enhanced Metafile"),
+    (0, b"gimp xcf", "XCF"),
+    (0, b"AT&TFORM", "DjVu"),
+    (128, b"DICM", "DICOM"),
+    (0, b"BPG\xfb", "BPG"),
+    (0, b"FLIF", "FLIF"),
+    (12, b"CgBI", "Apple's variant of PNG (CgBI)"),
+]
+# Pillow's EPS runs Ghostscript. The others are no pictures, thumbnails, or numbers without a defined brightness.
+_NOT_OPENED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS", "SPIDER"}
+_NOT_OPENED |= {"IPTC", "MCIDAS", "PCD", "IMT", "XVTHUMB"}
+_NOT_SUPPORTED = ("unsupported", "not supported", "unknown", "unimplemented", "cannot handle", "unrecognized")
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1")
 
 
 def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, int]:
@@ -29,83 +67,108 @@ def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, in
     enough: given the picture's (width, height), the (width, height) that the model needs. A JPEG is
     then decoded at the smallest of libjpeg's scales (eighths) that is no smaller than that.
 
-    Returns the frame and the (width, height) of the picture as shown: after EXIF orientation, alpha
-    over white, 16 bits cut to 8, CMYK and palettes converted. Raises Failure.
+    Returns the frame and the (width, height) of the picture as shown: after EXIF orientation (as OpenCV
+    reads it), alpha over white, 16 bits cut to 8, CMYK and palettes converted. Raises Failure.
     """
     if not data:
         raise Failure("EmptyFile", "the file holds no bytes")
-    if data[:3] == b"\xff\xd8\xff":
-        frame = _decode_jpeg(data, enough)
-        if frame is not None:
-            return frame
-    return _decode_any(data)
-
-
-def _decode_jpeg(data: bytes, enough: Size | None) -> tuple[np.ndarray, int, int] | None:
-    """None for what Pillow has to decide: CMYK and slightly damaged files."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
-        raise Failure("CorruptImage", f"a JPEG whose header cannot be read, of {len(data):,} bytes") from None
-    _check_size(width, height)
-    if colours in ("CMYK", "YCCK"):
-        return None
-    orientation = _orientation(data)
-    turned = orientation >= 5
-    shown = (height, width) if turned else (width, height)
-    need = enough(*shown) if enough else (0, 0)
-    need_width, need_height = need[::-1] if turned else need
-    least = {"min_width": min(need_width, width), "min_height": min(need_height, height)}
-    try:
-        frame = simplejpeg.decode_jpeg(data, "RGB", **least)
-    except ValueError as error:
-        if any(words in str(error) for words in _HARMLESS):
-            return None
-        if "remature end" not in str(error):
-            raise Failure("CorruptImage", f"damaged JPEG: {error}") from None
-        try:  # many cameras leave out the end marker, and nothing else
-            frame = simplejpeg.decode_jpeg(data + _END, "RGB", **least)
-        except ValueError:
-            raise Failure("TruncatedImage", f"the JPEG ends too early, after {len(data):,} bytes") from None
-    return _orient(frame, orientation), *shown
-
-
-def _orientation(data: bytes) -> int:
-    """EXIF's 1 to 8; 1 where it is missing or makes no sense."""
-    if b"Exif\0\0" not in data[:65536]:
-        return 1
-    try:
-        value = Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)
-    except Exception:  # a broken EXIF block says nothing about the picture
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def _orient(frame: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation >= 5:
-        frame = frame.transpose(1, 0, 2)
-    if orientation in (2, 3, 7, 8):
-        frame = frame[:, ::-1] if orientation in (2, 3) else frame[::-1]
-    if orientation in (3, 4, 6, 7):
-        frame = frame[::-1] if orientation in (3, 4) else frame[:, ::-1]
-    return np.ascontiguousarray(frame)
-
-
-def _decode_any(data: bytes) -> tuple[np.ndarray, int, int]:
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Exception:  # not Pillow's own error alone: ultralytics replaces Image.open where it is imported
-        raise Failure("NotAnImage", f"no picture format that is known; it begins with {data[:16]!r}") from None
-    _check_size(*image.size)
-    try:
-        image.load()
-        frame = _rgb(ImageOps.exif_transpose(image))
-    except Failure:
-        raise
-    except Exception as error:
-        truncated = "truncated" in str(error).lower()
-        raise Failure("TruncatedImage" if truncated else "CorruptImage", f"{image.format}: {error}") from None
+    if data[:3] == _JPEG:
+        jpeg = Jpeg.read(data)
+        _check_size(jpeg.width, jpeg.height)
+        decoded = jpeg.decode(enough)
+        if decoded:
+            return decoded
+        frame = _decode_odd_jpeg(jpeg)
+    elif exif.byte_order(data):
+        frame = _decode_tiff(data)
+    else:
+        frame = _decode_any(data)
     return frame, frame.shape[1], frame.shape[0]
+
+
+def stored_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a picture before it is turned, by its header alone.
+
+    None where that cannot be read, or says more than MAX_PIXELS: there decode raises its Failure.
+    """
+    try:
+        if data[:3] == _JPEG:
+            jpeg = Jpeg.read(data)
+            return jpeg.width, jpeg.height
+        if exif.byte_order(data):
+            layout = Layout.read(data)
+            return layout.width, layout.height
+        return _size(data) or _open(_bare_png(data)[0] if data.startswith(_PNG) else data).size
+    except Failure:
+        return None
+
+
+def _decode_odd_jpeg(jpeg: Jpeg) -> np.ndarray:
+    try:
+        frame = _rgb(_open(jpeg.without_metadata()))
+    except Failure:
+        unsupported = jpeg.unsupported()
+        if unsupported:
+            raise Failure("UnsupportedImage", unsupported) from None
+        raise
+    return exif.upright(frame, jpeg.orientation)
+
+
+def _decode_tiff(data: bytes) -> np.ndarray:
+    layout = Layout.read(data)
+    _check_size(layout.width, layout.height)
+    layout.check()
+    unsupported = Failure("UnsupportedImage", f"{layout} cannot be decoded; convert it to PNG")
+    try:
+        if layout.pillow_misreads or data[:4] == b"MM\0+":  # Pillow 13 reads a big-endian BigTIFF as an ordinary one
+            raise unsupported
+        return exif.upright(_pillow_tiff(data, layout, unsupported), layout.orientation)
+    except Failure:
+        frame = _opencv(data, cv2.IMREAD_COLOR_RGB) if layout.opencv_reads else None  # upright already
+        if frame is None:
+            raise
+        return frame
+
+
+def _pillow_tiff(data: bytes, layout: Layout, unsupported: Failure) -> np.ndarray:
+    try:
+        image = _open(without_metadata(data))
+    except Failure:  # the directory has been read before: it is the layout that Pillow does not know
+        raise unsupported from None
+    return _rgb(image, layout.bits)
+
+
+def _decode_any(data: bytes) -> np.ndarray:
+    for place, magic, name in _UNSUPPORTED:
+        if data[place : place + len(magic)] == magic:
+            raise Failure("UnsupportedImage", f"{name} is not decoded; convert it to PNG or JPEG")
+    block = b""
+    if data.startswith(_PNG):
+        data, block = _bare_png(data)
+    try:
+        image = _open(data)
+        if image.format in ("WEBP", "AVIF"):
+            block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        frame = _rgb(image)
+    except Failure:
+        shown = _despite_metadata(data)
+        if shown is None:
+            raise
+        frame = shown
+    return exif.upright(frame, exif.orientation(block) or 1)
+
+
+def _despite_metadata(data: bytes) -> np.ndarray | None:
+    """By OpenCV, less strict about metadata than Pillow, and no less about truncation. None where it fails."""
+    size = _size(data)
+    if size is None:
+        return None
+    _check_size(*size)
+    frame = _opencv(data, cv2.IMREAD_UNCHANGED)
+    if frame is None or frame.dtype != np.uint8 or frame.ndim != 3:
+        return None
+    colours = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[frame.shape[2]]
+    return _rgb(Image.fromarray(cv2.cvtColor(frame, colours)))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -113,14 +176,134 @@ def _check_size(width: int, height: int) -> None:
         raise Failure("TooManyPixels", f"{width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # one channel of 16 bits
-        high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return cv2.cvtColor(high.astype(np.uint8), cv2.COLOR_GRAY2RGB)
-    if image.mode == "F":
-        raise Failure("UnsupportedImage", f"{image.format} of floating-point numbers has no defined brightness")
-    if image.has_transparency_data:
-        seen = Image.new("RGBA", image.size, "white")
-        seen.alpha_composite(image.convert("RGBA"))
-        image = seen
-    return np.array(image.convert("RGB"))
+def _open(data: bytes) -> Image.Image:
+    """As Image.open. That warns of large pictures, and where ultralytics has replaced it, it runs pip."""
+    Image.init()
+    failure = None
+    for name in Image.ID:
+        factory, accept = Image.OPEN[name]
+        accepted = accept(data[:16].ljust(16, b"\0")) if accept else True
+        if name in _NOT_OPENED or not accepted or isinstance(accepted, str):
+            continue
+        try:
+            image = factory(io.BytesIO(data), "")
+        except Exception as error:
+            if accept and not failure:
+                failure = _failure(name, error)
+            continue
+        _check_size(*image.size)
+        if 0 in image.size:
+            raise Failure("CorruptImage", f"{name}: a picture without pixels")
+        return image
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+        return _open_heif(data)
+    if b"<svg" in data[:1000]:
+        raise Failure("UnsupportedImage", "SVG is not decoded; convert it to PNG or JPEG")
+    raise failure or Failure("NotAnImage", f"no picture format that is known; it begins with {data[:16]!r}")
+
+
+def _open_heif(data: bytes) -> Image.Image:
+    """libheif turns the picture by itself."""
+    import pi_heif  # where a picture needs it: few do
+
+    try:
+        heif = pi_heif.open_heif(data)
+        _check_size(*heif.size)
+        return heif.to_pillow()
+    except Failure:
+        raise
+    except Exception as error:
+        raise _failure("HEIF", error) from None
+
+
+def _failure(name: str, error: Exception) -> Failure:
+    words = str(error).lower()
+    if isinstance(error, Image.DecompressionBombError):
+        kind = "TooManyPixels"
+    elif "truncated" in words or "not enough image data" in words:
+        kind = "TruncatedImage"
+    elif isinstance(error, NotImplementedError) or any(word in words for word in _NOT_SUPPORTED):
+        kind = "UnsupportedImage"
+    else:
+        kind = "CorruptImage"
+    return Failure(kind, f"{name}: {str(error) or type(error).__name__}")
+
+
+def _rgb(image: Image.Image, bits: int = 16) -> np.ndarray:
+    """bits: how many of its 16 a picture of one channel uses. Raises Failure."""
+    name = image.format or "HEIF"
+    try:
+        image.load()
+        colours = image if image.mode[0] in "IF" else _over_white(image)
+    except Exception as error:
+        raise _failure(name, error) from None
+    if image.mode.startswith("I;16") or (image.mode == "I" and name == "PPM"):
+        numbers = np.asarray(image)
+        grey = (numbers >> max(0, bits - 8)).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[numbers == image.info["transparency"]] = 255
+        return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise Failure("UnsupportedImage", f"{name} of {kind}, which have no defined brightness")
+    return np.array(colours)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = Image.new("RGBA", image.size, "white")
+    seen.alpha_composite(image.convert("RGBA"))
+    return seen.convert("RGB")
+
+
+def _bare_png(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG of the chunks that its pixels need alone, and its EXIF block.
+
+    Pillow refuses a picture for its text, its profile or a checksum of either.
+    """
+    kept, block, at, pixels = [_PNG], b"", len(_PNG), False
+    while at < len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        payload = data[at + 8 : end - 4]
+        sound = zlib.crc32(kind + payload).to_bytes(4) == data[end - 4 : end] if kind in (b"eXIf", b"tRNS") else False
+        if kind == b"eXIf" and sound:
+            block = block or payload
+        # The case of the first letter tells critical chunks from others.
+        if kind[:1].isupper() or (sound and not pixels and kind == b"tRNS" and _is_transparency(data[25:26], payload)):
+            kept.append(data[at:end])
+        pixels = pixels or kind == b"IDAT"
+        at = len(data) if kind == b"IEND" else end
+    return b"".join(kept), block
+
+
+def _is_transparency(colour_type: bytes, payload: bytes) -> bool:
+    """Of PNG's colour types, 0 (grey), 2 (RGB) and 3 (palette) alone have the chunk."""
+    return len(payload) in {b"\0": (2,), b"\2": (6,), b"\3": range(1, 257)}.get(colour_type, ())
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) in the header of the formats that OpenCV decodes too; None for others."""
+
+    def number(at: int, size: int, order: str) -> int:
+        return int.from_bytes(data[at : at + size], "big" if order == ">" else "little")
+
+    if data.startswith(b"GIF8"):
+        return number(6, 2, "<"), number(8, 2, "<")
+    if data[8:16] == b"WEBPVP8X":
+        return number(24, 3, "<") + 1, number(27, 3, "<") + 1
+    if data[8:16] == b"WEBPVP8 ":
+        return number(26, 2, "<") & 0x3FFF, number(28, 2, "<") & 0x3FFF
+    if data[8:16] == b"WEBPVP8L":
+        return (number(21, 4, "<") & 0x3FFF) + 1, (number(21, 4, "<") >> 14 & 0x3FFF) + 1
+    if data[4:12] == b"jP  \r\n\x87\n":
+        at = data.find(b"\xff\x4f\xff\x51") + 8  # JPEG 2000's codestream and its size
+        return (number(at, 4, ">"), number(at + 4, 4, ">")) if at >= 8 else None
+    return None
+
+
+def _opencv(data: bytes, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None

@@ -3,21 +3,23 @@
 from typing import Any
 
 from shardsight.decode.frames import Largest, Load
-from shardsight.models.info import ModelInfo, inspect
+from shardsight.errors import UsageError
 from shardsight.models.paligemma import info as paligemma
 from shardsight.models.paligemma.info import PaliGemmaInfo
 from shardsight.models.paligemma.routing import Route
-from shardsight.settings import Models, UsageError
+from shardsight.models.yolo import info as yolo
+from shardsight.models.yolo.info import YoloInfo
+from shardsight.settings import Models
 from shardsight.storage import Storage
 
-Lineup = dict[str, ModelInfo | PaliGemmaInfo]  # by `yolo`, `paligemma`, `paligemma 448`
+Lineup = dict[str, YoloInfo | PaliGemmaInfo]  # by `yolo`, `paligemma`, `paligemma 448`
 
 
 def known(settings: Models) -> Lineup:
     """What is known of each model, in the order in which pictures meet them. Raises ModelError, UsageError."""
     models: Lineup = {}
     if settings.yolo:
-        models["yolo"] = inspect(settings.yolo, settings.imgsz)
+        models["yolo"] = yolo.inspect(settings.yolo, settings.imgsz)
     resolutions: dict[int, PaliGemmaInfo] = {}
     for path in settings.paligemma:
         info = paligemma.inspect(path, settings.revision, settings.adapter)
@@ -38,18 +40,16 @@ def known(settings: Models) -> Lineup:
 
 def arguments(models: Lineup, settings: Models) -> dict[str, dict[str, Any]]:
     """What each model's class is started with, by name."""
-    yolo = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
     found: dict[str, dict[str, Any]] = {}
     sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
     for name, model in models.items():
         if isinstance(model, PaliGemmaInfo):
-            route = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
-            own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
-            own |= {"prompts": settings.prompt, "regions": settings.on == "regions"}
-            own |= {"route": route if len(sizes) > 1 else None}
+            own = paligemma.arguments(settings, model)
+            if len(sizes) > 1:
+                own["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
         else:
-            own = {name: getattr(settings, name) for name in yolo}
-        found[name] = {"model": model.path, **own}
+            own = yolo.arguments(settings, model)
+        found[name] = own
     return found
 
 

@@ -1,9 +1,13 @@
-"""Which inputs are done: positions of units as ranges, loose files as hashes of their ids."""
+"""Which inputs are done: frames of records of units as ranges, loose files as hashes of their ids.
+
+A place is (unit, record, frame). A picture is a record of one frame, 0. A unit's last record, and a record's last
+frame, say that they are the last, so that totals are evidence too.
+"""
 
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +18,7 @@ from shardsight.row import digest
 Ranges = list[tuple[int, int]]  # half-open, in order, neither touching nor overlapping
 
 _HASH = np.dtype("S16")
+_VERSION = np.dtype("<u8")
 
 
 def merge(ranges: Iterable[tuple[int, int]]) -> Ranges:
@@ -36,6 +41,11 @@ def hashes(ids: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(digest(id) for id in ids), _HASH)
 
 
+def versions(texts: Iterable[str | None]) -> np.ndarray:
+    """As of row.version_of → dtype uint64; 0 for an unknown one."""
+    return np.array([int(text or "0", 16) for text in texts], _VERSION)
+
+
 class Hashes:
     """A set of hashes at 16 bytes each: sorted runs, of which a longer never follows a shorter."""
 
@@ -45,14 +55,14 @@ class Hashes:
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
-    def add(self, wanted: np.ndarray, room: int | None = None) -> np.ndarray:
-        """Add the first `room` of those that are new; returns which were, bool (n,)."""
+    def add(self, wanted: np.ndarray, limit: int | None = None) -> np.ndarray:
+        """Add the first `limit` of those that are new; returns which were, bool (n,)."""
         new = np.zeros(len(wanted), bool)
         new[np.unique(wanted, return_index=True)[1]] = True
         for run in self.runs:
             new &= ~among(wanted, run)
-        if room is not None:
-            new &= np.cumsum(new) <= room
+        if limit is not None:
+            new &= np.cumsum(new) <= limit
         run = np.sort(wanted[new])
         while self.runs and len(self.runs[-1]) <= len(run):
             run = np.sort(np.concatenate([self.runs.pop(), run]))
@@ -66,41 +76,137 @@ class Hashes:
 
 def among(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Which of `wanted` are in the sorted `known`, bool (n,)."""
-    if not len(known):
-        return np.zeros(len(wanted), bool)
-    found = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-    return np.asarray(known[found] == wanted)
+    return np.asarray(_nearest(wanted, known) == wanted) if len(known) else np.zeros(len(wanted), bool)
+
+
+def _nearest(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    return known[np.searchsorted(known, wanted).clip(max=len(known) - 1)]
+
+
+@dataclass
+class UnitCoverage:
+    """What is done of a unit.
+
+    records: those of which every frame is done. frames: record → frames done, of records that have begun. lengths:
+    record → how many frames it has, where that is known and not 1. total: how many records the unit has, where its
+    last is known. version: of its file when it was read. ignored: reason → entries that hold no picture.
+    """
+
+    records: Ranges = field(default_factory=list)
+    frames: dict[int, Ranges] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+    total: int | None = None
+    version: str | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.total is not None and self.records == [(0, self.total)]
+
+    @property
+    def rows(self) -> int:
+        """How many frames are done, each counted once."""
+        more = sum(n - 1 for record, n in self.lengths.items() if record not in self.frames and self.has(record))
+        return size(self.records) + more + sum(map(size, self.frames.values()))
+
+    def has(self, record: int) -> bool:
+        """Whether every frame of a record is done."""
+        return any(start <= record < stop for start, stop in self.records)
+
+    def places(self) -> Iterator[dict[str, Any]]:
+        """The place of each row, in their order: see row.PLACE."""
+        whole = [(start, stop, None) for start, stop in self.records]
+        begun = [(record, record + 1, ranges) for record, ranges in self.frames.items()]
+        for start, stop, ranges in sorted([*whole, *begun], key=lambda entry: entry[0]):
+            for record in range(start, stop):
+                length = self.lengths.get(record, 1 if ranges is None else None)
+                last = record + 1 == self.total
+                for first, end in ranges or [(0, length or 0)]:
+                    for frame in range(first, end):
+                        place: dict[str, Any] = {
+                            "record": record,
+                            "last_record": last,
+                            "frame_number": frame,
+                            "last_frame": False,
+                        }
+                        place |= {"version": self.version, "ignored": None}
+                        if frame + 1 == length:
+                            place |= {"last_frame": True, "ignored": json.dumps(self.ignored) if last else None}
+                        yield place
+
+    @staticmethod
+    def union(parts: Iterable["UnitCoverage"]) -> "UnitCoverage":
+        """What all of them have done. A version of one that differs from the others' is the caller's to notice."""
+        whole: list[tuple[int, int]] = []
+        frames: dict[int, list[tuple[int, int]]] = {}
+        made = UnitCoverage()
+        for part in parts:
+            whole += part.records
+            made.lengths |= part.lengths
+            made.ignored |= part.ignored
+            made.total = part.total if made.total is None else made.total
+            made.version = part.version if made.version is None else made.version
+            for record, ranges in part.frames.items():
+                frames.setdefault(record, []).extend(ranges)
+        made.frames = {record: merge(ranges) for record, ranges in frames.items()}
+        # A record of one frame that is begun is done: only others' frames come in parts.
+        done = [record for record, ranges in made.frames.items() if ranges == [(0, made.lengths.get(record))]]
+        made.records = merge([*whole, *((record, record + 1) for record in done)])
+        made.frames = {record: ranges for record, ranges in made.frames.items() if not made.has(record)}
+        return made
+
+    def content(self) -> dict[str, Any]:
+        """For JSON, of which what is empty is left out."""
+        content = {name: value for name, value in vars(self).items() if value not in (None, [], {})}
+        for name in ("frames", "lengths"):
+            if name in content:
+                content[name] = sorted(content[name].items())
+        return content
+
+    @staticmethod
+    def of_content(content: dict[str, Any]) -> "UnitCoverage":
+        frames, lengths = content.pop("frames", []), content.pop("lengths", [])
+        made = UnitCoverage(**content)
+        made.records = [(start, stop) for start, stop in made.records]
+        made.frames = {record: [(start, stop) for start, stop in ranges] for record, ranges in frames}
+        made.lengths = dict(lengths)
+        return made
 
 
 @dataclass
 class Coverage:
     """What a results file holds, or all of them together.
 
-    units: unit → its finished positions. totals: unit → how many positions it has, where its last
-    record is known. files: sorted hashes of loose files' ids. rows: how many rows there are, which is
-    more than the positions when one of them is there twice. errors: (stage, type) → rows.
+    units: by their names. files: sorted hashes of loose files' ids; file_versions: theirs, as of `versions`. rows: how
+    many there are, which is more than `places` when one of them is there twice. errors: (stage, type) → rows.
     """
 
-    units: dict[str, Ranges] = field(default_factory=dict)
-    totals: dict[str, int] = field(default_factory=dict)
+    units: dict[str, UnitCoverage] = field(default_factory=dict)
     files: np.ndarray = field(default_factory=lambda: np.empty(0, _HASH))
+    file_versions: np.ndarray = field(default_factory=lambda: np.empty(0, _VERSION))
     rows: int = 0
     errors: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @staticmethod
     def of(rows: list[dict[str, Any]]) -> "Coverage":
-        """Of rows that have `unit` (None for a loose file), `position`, `last`, `id` and `error`."""
-        units: dict[str, list[tuple[int, int]]] = {}
-        totals = {}
+        """Of rows that have `id`, `error` and the columns of row.PLACE, `unit` being None for a loose file."""
+        units: dict[str, UnitCoverage] = {}
         for row in rows:
-            if row["unit"] is not None:
-                units.setdefault(row["unit"], []).append((row["position"], row["position"] + 1))
-                if row["last"]:
-                    totals[row["unit"]] = row["position"] + 1
+            if row["unit"] is None:
+                continue
+            unit = units.setdefault(row["unit"], UnitCoverage(version=row["version"]))
+            unit.frames.setdefault(row["record"], []).append((row["frame_number"], row["frame_number"] + 1))
+            if row["last_frame"]:
+                unit.lengths[row["record"]] = row["frame_number"] + 1
+            if row["last_record"]:
+                unit.total = row["record"] + 1
+            unit.ignored |= json.loads(row["ignored"] or "{}")
+        loose = [row for row in rows if row["unit"] is None]
+        files, first = np.unique(hashes(row["id"] for row in loose), return_index=True)
         return Coverage(
-            {unit: merge(ranges) for unit, ranges in units.items()},
-            totals,
-            np.unique(hashes(row["id"] for row in rows if row["unit"] is None)),
+            {name: _without_ones(UnitCoverage.union([unit])) for name, unit in units.items()},
+            files,
+            versions(row["version"] for row in loose)[first],
             len(rows),
             Counter((row["error"]["stage"], row["error"]["type"]) for row in rows if row["error"]),
         )
@@ -108,45 +214,61 @@ class Coverage:
     @staticmethod
     def union(parts: Iterable["Coverage"]) -> "Coverage":
         parts = list(parts)
-        units: dict[str, list[tuple[int, int]]] = {}
+        if not parts:
+            return Coverage()
+        units: dict[str, list[UnitCoverage]] = {}
         for part in parts:
-            for unit, ranges in part.units.items():
-                units.setdefault(unit, []).extend(ranges)
+            for name, unit in part.units.items():
+                units.setdefault(name, []).append(unit)
+        files, first = np.unique(np.concatenate([part.files for part in parts]), return_index=True)
         return Coverage(
-            {unit: merge(ranges) for unit, ranges in units.items()},
-            {unit: total for part in parts for unit, total in part.totals.items()},
-            np.unique(np.concatenate([part.files for part in parts])) if parts else np.empty(0, _HASH),
+            {name: UnitCoverage.union(found) for name, found in units.items()},
+            files,
+            np.concatenate([part.file_versions for part in parts])[first],
             sum(part.rows for part in parts),
             sum((part.errors for part in parts), Counter()),
         )
 
     @property
-    def positions(self) -> int:
-        """How many inputs are done, each counted once."""
-        return len(self.files) + sum(size(ranges) for ranges in self.units.values())
+    def places(self) -> int:
+        """How many frames are done, each counted once."""
+        return len(self.files) + sum(unit.rows for unit in self.units.values())
 
-    def places(self) -> list[dict[str, Any]]:
-        """unit, position and last of each row, where rows are in the order of units, then loose files."""
-        loose = {"unit": None, "position": 0, "last": False}
-        return [
-            {"unit": unit, "position": position, "last": position + 1 == self.totals.get(unit)}
-            for unit in sorted(self.units)
-            for start, stop in self.units[unit]
-            for position in range(start, stop)
-        ] + [loose] * len(self.files)
+    @property
+    def ignored(self) -> Counter[str]:
+        """Reason → entries of units that hold no picture."""
+        return sum((Counter(unit.ignored) for unit in self.units.values()), Counter())
+
+    def of_rows(self, ids: list[str]) -> list[dict[str, Any]]:
+        """row.PLACE of each row of a results file, whose rows are in the order of units, then loose files.
+
+        ids: of the file's rows.
+        """
+        found = [{"unit": name} | place for name, unit in sorted(self.units.items()) for place in unit.places()]
+        loose = hashes(ids[len(found) :])
+        known = dict(zip(self.files.tolist(), self.file_versions.tolist(), strict=True))
+        return [*found, *({"unit": None, "version": f"{known[one]:016x}"} for one in loose.tolist())]
 
     def complete(self, unit: str) -> bool:
-        return unit in self.totals and self.units[unit] == [(0, self.totals[unit])]
+        return unit in self.units and self.units[unit].complete
 
     def has(self, files: np.ndarray) -> np.ndarray:
         """Which loose files, given by their hashes, are done, bool (n,)."""
         return among(files, self.files)
 
+    def changed(self, files: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Which loose files are done in another version than they have `now`, bool (n,)."""
+        if not len(self.files):
+            return np.zeros(len(files), bool)
+        at = np.searchsorted(self.files, files).clip(max=len(self.files) - 1)
+        then = self.file_versions[at]
+        return np.asarray((self.files[at] == files) & (then != 0) & (now != 0) & (then != now))
+
     def dumps(self) -> bytes:
         content = {
-            "units": self.units,
-            "totals": self.totals,
+            "units": {name: unit.content() for name, unit in self.units.items()},
             "files": base64.b64encode(self.files.tobytes()).decode(),
+            "file_versions": base64.b64encode(self.file_versions.tobytes()).decode(),
             "rows": self.rows,
             "errors": [[*key, count] for key, count in sorted(self.errors.items())],
         }
@@ -154,11 +276,24 @@ class Coverage:
 
     @staticmethod
     def loads(data: bytes) -> "Coverage":
+        """Raises ValueError, KeyError and TypeError for what `dumps` did not write."""
         content = json.loads(data)
+        units = {}
+        for name, unit in content["units"].items():
+            if isinstance(unit, list):  # as 0.1.0 wrote it: ranges of records of one frame, and totals apart
+                unit = {"records": unit, "total": content["totals"].get(name)}
+            units[name] = UnitCoverage.of_content(unit)
+        files = np.frombuffer(base64.b64decode(content["files"]), _HASH)
+        then = content.get("file_versions")
         return Coverage(
-            {unit: [(start, stop) for start, stop in ranges] for unit, ranges in content["units"].items()},
-            content["totals"],
-            np.frombuffer(base64.b64decode(content["files"]), _HASH),
+            units,
+            files,
+            np.zeros(len(files), _VERSION) if then is None else np.frombuffer(base64.b64decode(then), _VERSION),
             content["rows"],
             Counter({(stage, type): count for stage, type, count in content["errors"]}),
         )
+
+
+def _without_ones(unit: UnitCoverage) -> UnitCoverage:
+    unit.lengths = {record: length for record, length in unit.lengths.items() if length != 1}
+    return unit

@@ -20,14 +20,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from shardsight.results.coverage import Coverage
 from shardsight.row import PLACE, ROW, STAGES
 from shardsight.storage import Storage, StorageError, explain, is_remote
 
 FOOTER = b"shardsight"
-_EVIDENCE = ["unit", "position", "last", "id", "error"]
+_EVIDENCE = [*(name for name, _ in PLACE), "id", "error"]
 HEARTBEAT = 2.0  # seconds between the signs of life of a run that writes to object storage
 
 
@@ -64,7 +66,7 @@ class Results:
         parts = []
         for start in range(0, len(table), rows_per_file):
             part = _in_order(table.slice(start, rows_per_file))
-            parts.append(self._put(part.select(ROW.names), Coverage.of(part.select(_EVIDENCE).to_pylist())))
+            parts.append(self._put(part.select(ROW.names), _coverage(part)))
         return Written(Coverage.union(parts), stages)
 
     def _put(self, rows: pa.Table, coverage: Coverage, path: str | None = None) -> Coverage:
@@ -95,7 +97,7 @@ class Results:
         """All that is there. Rows that are there twice, after a write that was repeated otherwise, are mended first."""
         files = self.files()
         done = Coverage.union(coverage for _, coverage in files)
-        if done.rows > done.positions:
+        if done.rows > done.places:
             self._keep_first(files)
             done = Coverage.union(coverage for _, coverage in self.files())
         return done
@@ -119,13 +121,19 @@ class Results:
         """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file."""
         rows = self._read(path)
         wanted = pc.invert(unwanted)
-        places = pa.Table.from_pylist(self._evidence(path).places(), schema=pa.schema(PLACE))
-        evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"]).filter(wanted)
-        self._put(rows.filter(wanted), Coverage.of(evidence.to_pylist()), path)
+        places = pa.Table.from_pylist(self._evidence(path).of_rows(rows["id"].to_pylist()), schema=pa.schema(PLACE))
+        evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"])
+        self._put(rows.filter(wanted), _coverage(evidence.filter(wanted)), path)
 
     def _read(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.storage.open(path) as file:
             return pq.read_table(file, columns=columns)
+
+    def dataset(self) -> ds.Dataset:
+        """The rows of every file, of row.ROW."""
+        paths = [path for path in self._paths() if path.endswith(".parquet")]
+        filesystem = PyFileSystem(FSSpecHandler(self.storage.s3)) if is_remote(self.out) else None
+        return ds.dataset([path.removeprefix("s3://") for path in paths], ROW, filesystem=filesystem, format="parquet")
 
     def clear(self) -> None:
         for path in self._paths():
@@ -148,11 +156,16 @@ class Results:
         self.storage.write(self.job_file, json.dumps(content, indent=2, ensure_ascii=False, default=str).encode())
 
 
+def _coverage(table: pa.Table) -> Coverage:
+    """Of a table with the columns of row.PLACE, `id` and `error`."""
+    return Coverage.of(table.select(_EVIDENCE).to_pylist())
+
+
 def _in_order(table: pa.Table) -> pa.Table:
-    """Units by name and position, then loose files, each once: a footer's ranges then tell the rows' places."""
-    table = table.sort_by([("unit", "ascending"), ("position", "ascending")])
-    names = zip(*(table[name].to_pylist() for name in ("unit", "position", "id")), strict=True)
-    keys = [(unit, position) if unit is not None else id for unit, position, id in names]
+    """Units by name, record and frame, then loose files, each once: a footer's ranges then tell the rows' places."""
+    table = table.sort_by([("unit", "ascending"), ("record", "ascending"), ("frame_number", "ascending")])
+    names = zip(*(table[name].to_pylist() for name in ("unit", "record", "frame_number", "id")), strict=True)
+    keys = [(unit, record, frame) if unit is not None else id for unit, record, frame, id in names]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     return table if len(first) == len(keys) else table.take(sorted(first.values()))
 

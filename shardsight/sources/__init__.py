@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
+from shardsight.errors import UsageError
 from shardsight.results.coverage import Coverage, Hashes, Ranges, hashes, merge
 from shardsight.row import Failure, digest
 from shardsight.storage import Storage, explain, is_remote
@@ -38,7 +39,7 @@ AHEAD = 16  # remote files asked for at once
 _SAMPLE = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """The request names something that cannot be read: one sentence for the user."""
 
 
@@ -66,19 +67,23 @@ class Unit:
 
 @dataclass(frozen=True)
 class Record:
-    """One input. unit and position are its place; `data`, encoded, or `failure` why there is none.
+    """One input. unit and index are its place; `data`, encoded, or `failure` why there is none.
 
-    last: nothing of its unit comes after it. seconds: what reading it took, clock and CPU.
+    last: nothing of its unit comes after it. version: of the file that it is read from, where one is known. ignored:
+    with the last one, how many entries of the unit hold no picture, by reason. seconds: what reading it took, clock
+    and CPU.
     """
 
     unit: str | None
-    position: int
+    index: int
     id: str
     uri: str
     data: bytes | None = None
     failure: Failure | None = None
     metadata: str | None = None
     last: bool = False
+    version: str | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
     seconds: tuple[float, float] = (0.0, 0.0)
 
 
@@ -131,7 +136,7 @@ class Listing:
                     room -= unit.stop or 0
                 self.units.append(name)
                 if not done.complete(name):
-                    yield replace(unit, skip=done.units.get(name, []))
+                    yield replace(unit, skip=done.units[name].records if name in done.units else [])
         if waiting:
             yield Unit("files", files=tuple(waiting))
 
@@ -281,7 +286,7 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
         try:
             for record in reader(unit, storage, lambda position: payload and wanted(position)):
                 yield record
-                position = record.position + 1
+                position = record.index + 1
         except Failure as failure:
             yield Record(name, position, name, name, failure=failure)
             return
@@ -293,7 +298,7 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
 
     wanted = _Wanted(unit.skip)
     for record in _timed(_with_last(records(), unit.stop)):
-        if wanted(record.position):
+        if wanted(record.index):
             yield record
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from jobs import annotate
+from shardsight.cli import annotate
 from shardsight.decode.frames import Load
 from shardsight.models import lineup
 from shardsight.sources import Record
@@ -19,4 +19,4 @@ class Counted(Load):
 
 if __name__ == "__main__":
     lineup.Load = Counted  # type: ignore[misc]
-    sys.exit(annotate.main())
+    sys.exit(annotate())

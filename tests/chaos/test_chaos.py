@@ -258,7 +258,7 @@ def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: 
     schema = pa.schema([*ROW, *PLACE, *((name, pa.float64()) for name in SECONDS)])
     for start in range(1, 1_000_000, 10_000):
         ids = [str(folder / f"{n:07}.jpg") for n in range(start, min(start + 10_000, 1_000_000))]
-        columns: dict[str, Any] = {"id": ids, "uri": ids, "position": [0] * len(ids), "last": [False] * len(ids)}
+        columns: dict[str, Any] = {"id": ids, "uri": ids, "record": [0] * len(ids), "frame_number": [0] * len(ids)}
         arrays = [pa.array(columns.get(field.name, [None] * len(ids)), field.type) for field in schema]
         Results(str(out), Storage()).write(pa.Table.from_arrays(arrays, schema=schema), 10_000)
     command = (*command, "--limit", 1_000_000)

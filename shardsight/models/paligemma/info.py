@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError
+from shardsight.settings import Models
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM has kernels for
@@ -106,6 +107,12 @@ def inspect(model: str, revision: str | None = None, adapter: str | None = None)
         raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
     files = sorted(file for part in (folder, adapter) if part for file in Path(part).iterdir() if file.is_file())
     return _inspect(folder, adapter, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
+    """What the class PaliGemma is started with."""
+    own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
+    return own | {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
 
 
 @lru_cache
@@ -225,7 +232,7 @@ def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cud
 
 
 def fits(info: PaliGemmaInfo, precision: str, available: int, tokens: int, devices: int = 1) -> None:
-    """Whether weights and one request of so many tokens have room on each device. Raises ModelError.
+    """Whether weights and one request of so many tokens fit the memory of each device. Raises ModelError.
 
     available: bytes of a device. A tenth of the weights is added for what is computed in between.
     """

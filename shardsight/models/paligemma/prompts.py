@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shardsight.errors import UsageError
+
 # A `;` next to a space separates names; inside a word it belongs to the name.
 _SEPARATOR = re.compile(r"\s+;\s*|\s*;\s+|\s*;$")
 _FORMS = {
@@ -20,7 +22,7 @@ BINS = 1024
 LOCATIONS, CODES = 4, 16
 
 
-class PromptError(ValueError):
+class PromptError(UsageError, ValueError):
     """A prompt that PaliGemma was not trained to take: one sentence for the user."""
 
 

@@ -17,15 +17,15 @@ _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 class Compiled:
     """network: ultralytics' model, fused and in fp32, with a letterbox as its input; it is changed to its export form.
 
-    dtype: what it is computed in, where the CPU can. Boxes are decoded in fp32 all the same, as OpenVINO
-    keeps what follows the last convolution. threads: of the CPU.
+    stride: of the network; its input's sides are multiples of it. dtype: what it is computed in, where the CPU can.
+    Boxes are decoded in fp32 all the same, as OpenVINO keeps what follows the last convolution. threads: of the CPU.
     """
 
-    def __init__(self, network: torch.nn.Module, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, network: torch.nn.Module, stride: int, dtype: torch.dtype, threads: int) -> None:
         for module in network.modules():
             if hasattr(module, "export"):
                 module.export, module.dynamic = True, True
-        example = torch.zeros(2, 3, 96, 64)
+        example = torch.zeros(2, 3, 3 * stride, 2 * stride)
         with torch.inference_mode(False), torch.no_grad():
             traced = torch.jit.trace(network, example, strict=False, check_trace=False)
         frontend = FrontEndManager().load_by_framework("pytorch")

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardsight import isolate as careful
+from shardsight import isolate
+from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
-from shardsight.isolate import Careful, Hopeless
-from shardsight.models.info import inspect
-from shardsight.pipeline import Annotator, Stage
+from shardsight.errors import Fault
+from shardsight.models.yolo.info import inspect
 from shardsight.row import Failure
 from shardsight.sources import Unit
 from shardsight.storage import Storage
@@ -85,7 +85,7 @@ class Echo:
 def carefully(unit: Unit, load: Load) -> list[dict[str, Any]]:
     import ray
 
-    rows = Careful(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
+    rows = isolate.Isolate(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
     return pa.concat_tables(rows).to_pylist()
 
 
@@ -93,12 +93,12 @@ def test_a_fault_that_hits_everything(
     tmp_path: Path, one_ray: None, detector: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one record after another ends its process, the records are not at fault, and are not condemned."""
-    monkeypatch.setattr(careful, "IN_A_ROW", 2)
+    monkeypatch.setattr(isolate, "IN_A_ROW", 2)
     for index in range(2):
         (tmp_path / f"{index}.jpg").write_bytes(DEADLY)
     load = DeadlyLoad(Storage(), inspect(str(detector)).input)
     files = str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")
-    with pytest.raises(Hopeless, match="processes end"):
+    with pytest.raises(Fault, match="processes die"):
         carefully(Unit("files", files=files), load)
 
 
@@ -118,7 +118,7 @@ def test_a_process_that_was_killed_once_condemns_nobody(
     write_tar(tmp_path / "a.tar", [(f"{index}.jpg", data) for index, data in enumerate(jpegs[:4])])
     unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(2, 3)])
     rows = carefully(unit, Unlucky(Storage(), inspect(str(detector)).input))
-    assert [(row["position"], row["error"], row["last"]) for row in rows] == [
+    assert [(row["record"], row["error"], row["last_record"]) for row in rows] == [
         (0, None, False),
         (1, None, False),
         (3, None, True),
@@ -136,7 +136,7 @@ def test_reading_that_ends_the_process_ends_the_unit(
 
     unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(0, 2)])
     (row,) = carefully(unit, Load(Unreadable(), inspect(str(detector)).input))
-    assert (row["unit"], row["position"], row["last"]) == (unit.uri, 2, True)
+    assert (row["unit"], row["record"], row["last_record"]) == (unit.uri, 2, True)
     assert row["error"]["stage"] == "read" and row["id"] == f"{unit.uri}#2"
 
 

@@ -1,4 +1,4 @@
-"""The whole flow on made-up scenes and two photographs: `make demo`, or `python -m jobs.demo OUT`.
+"""The whole flow on made-up scenes and two photographs: `make demo`, or `python -m demo.run OUT`.
 
 Writes shards with a handful of broken files among them, annotates them with both models in one pass, prints the
 accuracy against the scenes' truth, and leaves a page to look at.
@@ -19,7 +19,8 @@ from demo.questions import DETECT_ALL
 from demo.scenes import Scene, scenes
 from demo.score import answer_figures, average_precision
 from demo.writers import jpeg, write
-from jobs import annotate, show
+from jobs import show
+from shardsight.cli import annotate
 
 SEED = 7
 EACH = 40  # scenes in the tars, in Parquet and in the folder
@@ -27,7 +28,7 @@ PROMPTS = [
     *("caption en", "ocr", "answer en how many shapes are there", "answer en what shape is red"),
     *(DETECT_ALL, "segment star"),
 ]
-WEIGHTS = Path(importlib.util.find_spec("demo").submodule_search_locations[0]) / "weights"  # type: ignore
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = [str(shards), *map(str, photographs()), "--output", str(results), "--yolo", str(WEIGHTS / "detect.pt")]
     command += ["--paligemma", str(WEIGHTS / "paligemma"), *(part for one in PROMPTS for part in ("--prompt", one))]
     print(f"python -m jobs.annotate {shlex.join(command)}", flush=True)
-    code = annotate.main([*command, "--overwrite"])
+    code = annotate([*command, "--overwrite"])
     if code:
         return code
     rows = _rows(results, made)

