@@ -141,7 +141,7 @@ class Completion(_Strict):
         # vLLM takes -1 for no seed.
         seed = None if self.seed is None else self.seed % 2**63
         limit = self.max_completion_tokens or self.max_tokens or most
-        return Sampling(limit, self.temperature or 0.0, self.top_p, seed, tuple(self.stop or ()))
+        return Sampling(limit, self.temperature or 0.0, self.top_p or 1.0, seed, tuple(self.stop or ()))
 
 
 def add(api: FastAPI, gateway: Gateway) -> None:
