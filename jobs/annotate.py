@@ -18,7 +18,7 @@ from shardsight.models.info import ModelError
 from shardsight.models.lineup import Lineup
 from shardsight.progress import Progress, summary
 from shardsight.results.coverage import Coverage
-from shardsight.results.writer import Results, Written, lock
+from shardsight.results.writer import Results, Written
 from shardsight.row import STAGES
 from shardsight.settings import Settings, UsageError, parse
 from shardsight.sources import InputError, Listing
@@ -56,7 +56,7 @@ def annotate(settings: Settings) -> int:
         results.prepare()
     except Exception as error:
         raise StorageError(explain(results.out, error)) from error
-    with lock(results):
+    with results.locked() as results:
         done = _what_is_there(results, settings, models)
         units = list(listing.left(done))
         job: dict[str, Any] = {

@@ -161,7 +161,7 @@ class Door:
         self, arguments: Arguments, models: Lineup, keys: list[bytes], handles: dict[str, DeploymentHandle]
     ) -> None:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
-        self.storage = Storage(arguments.storage, patience=arguments.deadline / 4)
+        self.storage = Storage(arguments.storage, retry_seconds=arguments.deadline / 4)
 
     def __serve_build_asgi_app__(self) -> Any:
         api = FastAPI(title="Shardsight", version=version("shardsight"), docs_url=None, redoc_url=None)

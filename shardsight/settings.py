@@ -27,7 +27,8 @@ _FREE = {
     "output", "batch_size", "yolo_actors", "paligemma_actors", "gpus_per_actor", "rows_per_file", "storage",
     "overwrite", "retry_errors", "max_error_rate", "config",
 }  # fmt: skip
-_SECRET = ("key", "secret", "token")
+_SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
+_KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
 Class = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -76,7 +77,7 @@ class Models(BaseSettings):
         "auto", description="auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
     batch_size: int | None = Field(None, ge=1, description="pictures the model takes at once; 64 on a GPU, else 16")
-    storage: dict[str, str] = Field({}, description=f"KEY=VALUE for s3://, repeatable: {', '.join(OPTIONS)}")
+    storage: dict[str, str] = Field({}, description=f"KEY=VALUE for stores, repeatable: {_KEYS}")
 
     @classmethod
     def settings_customise_sources(
@@ -123,8 +124,8 @@ class Models(BaseSettings):
     @classmethod
     def _storage(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if name not in OPTIONS:
-                raise ValueError(f"unknown key {name}: choose from {', '.join(OPTIONS)}")
+            if not any(name in keys for keys in OPTIONS.values()):
+                raise ValueError(f"unknown key {name}: choose from {_KEYS}")
         return value
 
     @field_validator("prompt")

@@ -1,7 +1,6 @@
 """The writer: whole files or none, each row once, one run at a time."""
 
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from hypothesis import strategies as st
 
 from shardsight.decode.frames import TABLE
 from shardsight.results.coverage import Coverage, Ranges, UnitCoverage, hashes
-from shardsight.results.writer import Busy, Results, lock
+from shardsight.results.writer import Results
 from shardsight.row import FRAME, ROW
 from shardsight.storage import Storage, StorageError
-from tests.conftest import S3, S3_KEY, S3_SECRET, place
+from tests.conftest import place
 
 
 def table(*places: tuple[str | None, int], total: int = 10, failed: tuple[int, ...] = ()) -> pa.Table:
@@ -144,41 +143,3 @@ def test_foreign_files_are_refused(results: Results) -> None:
     pq.write_table(pa.table({"a": [1]}), f"{results.folder}/x.parquet")
     with pytest.raises(StorageError, match="not written by Shardsight"):
         results.done()
-
-
-def test_lock_on_disk(results: Results) -> None:
-    with lock(results), pytest.raises(Busy), lock(results):
-        pass
-    with lock(results):
-        pass
-
-
-def test_lock_on_s3(s3: S3) -> None:
-    """Of runs that start together one gets it; a dead run's claim keeps nobody out."""
-    s3.bucket("locks")
-    storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
-    outcomes: list[str] = []
-    together, release = threading.Barrier(3), threading.Event()
-
-    def run() -> None:
-        results = Results("s3://locks/out", storage)
-        together.wait()
-        try:
-            with lock(results):
-                outcomes.append("in")
-                release.wait(60)
-        except Busy:
-            outcomes.append("busy")
-            release.set() if outcomes.count("busy") == 2 else None
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["busy", "busy", "in"]
-
-    storage.write("s3://locks/out/lock/dead", b'{"state": "holding", "beats": 3}')
-    with lock(Results("s3://locks/out", storage)):
-        assert not storage.exists("s3://locks/out/lock/dead")
-    assert list(storage.walk("s3://locks/out/lock")) == []

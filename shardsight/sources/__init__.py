@@ -163,7 +163,7 @@ class Listing:
             if uri.lower().endswith(LISTS) and self.storage.exists(uri):
                 yield from _read_list(uri, self.storage, self.uri_column)
             elif self.storage.is_folder(uri):
-                yield from self._known(self.storage.walk(uri))
+                yield from self._known(entry.uri for entry in self.storage.walk(uri))
             elif self.storage.exists(uri):
                 if uri.lower().endswith(VIDEOS):
                     raise InputError(f"{uri} is a video, which this version cannot read: give pictures")
@@ -171,7 +171,7 @@ class Listing:
             elif glob.has_magic(uri):
                 for match in self._glob(uri):
                     if not is_remote(match) and os.path.isdir(match):
-                        yield from self._known(self.storage.walk(match))
+                        yield from self._known(entry.uri for entry in self.storage.walk(match))
                     else:
                         yield from self._known([match])
             elif is_remote(uri):
@@ -198,7 +198,7 @@ class Listing:
             return
         fixed = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
         pattern = re.compile(glob_translate(uri))
-        yield from (match for match in self.storage.walk(fixed) if pattern.match(match))
+        yield from (entry.uri for entry in self.storage.walk(fixed) if pattern.match(entry.uri))
 
 
 def absolute(text: str) -> str:
