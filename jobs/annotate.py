@@ -124,7 +124,7 @@ def _pass(
     # Here, since a restart that finds all done needs neither the seconds nor the 80 MB.
     from ray.exceptions import RayTaskError
 
-    from shardsight import pipeline
+    from shardsight import pipeline, writing
 
     start_ray()
     load = lineup.load(models, settings, results.storage, settings.keep_images)
@@ -135,7 +135,7 @@ def _pass(
     totals = _totals(done)
     with Progress(done.places, _expected(listing, totals)) as progress:
         try:
-            for count, finished in pipeline.run(rows, results, settings.rows_per_file):
+            for count, finished in writing.run(rows, results, settings.rows_per_file):
                 for written in finished:
                     totals |= _totals(written.coverage)
                     for stage, spent in written.stages.items():

@@ -2,9 +2,7 @@
 
 import os
 import pickle
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,11 +14,8 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from shardsight.decode.frames import Load, let_signals_kill
 from shardsight.isolate import Careful
 from shardsight.models.info import ModelDied
-from shardsight.results.writer import Results, Written
 from shardsight.sources import Unit
 
-# A file is written when it is full, or at the latest after so long: what a kill can cost.
-BYTES, SECONDS = 128 << 20, 20.0
 # Blocks that a model works on at once: vLLM's engine batches across them, so that it never waits for the next.
 CALLS = {"yolo": 1, "paligemma": 4}
 
@@ -130,29 +125,3 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], careful: bool = Fal
             ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
         )
     return blocks
-
-
-@ray.remote(num_cpus=0)
-def write(results: Results, rows_per_file: int, *blocks: pa.Table) -> Written:
-    return results.write(pa.concat_tables(blocks), rows_per_file)
-
-
-def run(rows: Dataset, results: Results, rows_per_file: int) -> Iterator[tuple[int, list[Written]]]:
-    """Write rows as they come; yields how many came and what was written. Interrupted, it writes what it has."""
-    waiting: list[Any] = []
-    writing: list[Any] = []
-    held, size, since = 0, 0, time.monotonic()
-    try:
-        for bundle in rows.iter_internal_ref_bundles():
-            waiting += bundle.block_refs
-            held, size = held + (bundle.num_rows() or 0), size + bundle.size_bytes()
-            if held >= rows_per_file or size >= BYTES or time.monotonic() - since >= SECONDS:
-                writing.append(write.remote(results, rows_per_file, *waiting))
-                waiting, held, size, since = [], 0, 0, time.monotonic()
-            finished, writing = ray.wait(writing, num_returns=len(writing), timeout=0) if writing else ([], [])
-            yield bundle.num_rows() or 0, ray.get(finished)
-    finally:
-        if waiting:
-            writing.append(write.remote(results, rows_per_file, *waiting))
-        last = ray.get(writing)
-    yield 0, last
