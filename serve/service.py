@@ -189,7 +189,7 @@ class Gateway:
         self, arguments: Arguments, models: Lineup, keys: list[bytes], handles: dict[str, DeploymentHandle]
     ) -> None:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
-        self.pictures = Pictures(arguments, Storage(arguments.storage, patience=arguments.deadline / 4))
+        self.pictures = Pictures(arguments, Storage(arguments.storage, retry_seconds=arguments.deadline / 4))
         self.probes: dict[str, asyncio.Task[bool]] = {}
 
     async def ready(self, *names: str) -> bool:

@@ -81,12 +81,12 @@ def test_a_store_that_fails_in_the_middle_is_written_down(
         raise ConnectionError("the store is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shardsight.pipeline.run", broken)
+        patch.setattr("shardsight.writing.run", broken)
         with pytest.raises(shardsight.JobError, match="ZeroDivisionError") as caught:
             run(asked)
         assert caught.value.job.status == job_of(out)["status"] == "failed"
         assert caught.value.job.rows == 0 and not caught.value.job.exactly_once
-        patch.setattr("shardsight.pipeline.run", raises(KeyboardInterrupt))
+        patch.setattr("shardsight.writing.run", raises(KeyboardInterrupt))
         with pytest.raises(JobInterrupted):
             run(asked)
         assert job_of(out)["status"] == "interrupted"

@@ -64,7 +64,7 @@ def show(
 def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> dict[str, Any]:
     """What page() takes, of a job's results."""
     counts, files = _Counts(), []
-    for path in storage.walk(Results(out, storage).folder):
+    for path, *_ in storage.walk(Results(out, storage).folder):
         if path.endswith(".parquet"):
             files.append((path, counts.add_file(path, storage)))
     if not files:
