@@ -138,9 +138,9 @@ class Results:
             if units.isdisjoint(coverage.units) and not coverage.has(files).any():
                 continue
             ids = self._read(path, ["id"])["id"].to_pylist()
-            of_units = np.array([place["unit"] in units for place in coverage.of_rows(ids)])
-            loose = np.array([place["unit"] is None for place in coverage.of_rows(ids)])
-            self._drop(path, of_units | loose & among(hashes(ids), files))
+            named = [place["unit"] for place in coverage.of_rows(ids)]
+            loose = np.array([unit is None for unit in named]) & among(hashes(ids), files)
+            self._drop(path, loose | np.array([unit in units for unit in named]))
 
     def _drop(self, path: str, unwanted: np.ndarray) -> None:
         """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file.
