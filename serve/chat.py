@@ -4,78 +4,155 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Path
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve.arguments import EXAMPLE, checked, json_object, no_query
 from serve.guard import Problem
+from serve.service import Gateway, Sampling
 from shardsight.models.paligemma.prompts import Prompt, PromptError
 
-if TYPE_CHECKING:
-    from serve.app import Door
-
 STARTED = int(time.time())
-# A grey picture, for /docs to try with.
-EXAMPLE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwCAAAAACEICPDAAAAJ0lEQVR42u3MMREAAAgEoNfkRjeEmwcBqMlNRyAQCAQC"
-    "gUAgEDwNFm0oAOBnO1pYAAAAAElFTkSuQmCC"
-)
+LIMITS = """One user message with one text and one picture, a `data:` uri or an `s3://` uri under an allowed prefix; \
+PaliGemma was trained without system messages and without several turns.
+
+The text is one of PaliGemma's forms: `caption en`, `ocr`, `answer en QUESTION`, `detect a ; b`, `segment a`, or free \
+text for models of PaliGemma 2 mix.
+
+Of the protocol's parameters, those below are honoured; those that cannot change the answer (as `user`, `metadata`, \
+`service_tier`) are accepted, and so are values that ask for nothing (as `n: 1`, `tools: []`); all others are refused \
+by name."""
+# Parameters that cannot change the answer.
+NEUTRAL = {
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+}  # fmt: skip
+# Parameters that this server does not implement, with the values besides null that ask for nothing.
+UNUSED: dict[str, list[Any]] = {
+    "n": [1],
+    "top_logprobs": [0],
+    "presence_penalty": [0],
+    "frequency_penalty": [0],
+    "logit_bias": [{}],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "store": [False],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "audio": [],
+    "prediction": [],
+    "web_search_options": [],
+}
 
 
-class ImageUrl(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageUrl(_Strict):
     url: str
+    detail: Literal["auto"] | None = Field(None, description="the model has one resolution: auto alone")
 
 
-class Part(BaseModel):
+class Part(_Strict):
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: ImageUrl | None = None
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class ChatMessage(_Strict):
+    role: Literal["user"]
+    content: list[Part]
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_user(cls, value: Any) -> Any:
+        role = value.get("role") if isinstance(value, dict) else None
+        if isinstance(role, str) and role != "user":
+            raise ValueError(f"PaliGemma takes no {role[:40]} messages: send one user message")
+        return value
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _with_a_picture(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("PaliGemma takes one text and one picture: give a list of a text and an image_url")
+        return value
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # pads events, which changes no answer
 
 
 _ASKED = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": EXAMPLE}}]
 _QUESTION = [{"role": "user", "content": _ASKED}]
 
 
-class Completion(BaseModel):
-    """What clients send that has no meaning for PaliGemma, as `user`, is ignored; what would change the answer and
-    cannot be done is refused."""
-
-    model_config = ConfigDict(extra="ignore")
+class Completion(_Strict):
+    """A chat completion's parameters that are honoured."""
 
     model: str = Field(examples=["paligemma"])
     messages: list[ChatMessage] = Field(min_length=1, examples=[_QUESTION])
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="0 by default: the likeliest token each time")
-    logprobs: bool = False
-    n: Literal[1] = 1
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed gives the same answer")
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, max_length=4, description="a text, or up to four, before which the answer ends"
+    )
+    logprobs: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, nothing in UNUSED.items():
+            if (given := value.get(name)) is not None and given not in nothing:
+                raise ValueError(f"{name}: {json.dumps(given)[:100]} is not supported with PaliGemma: leave it out")
+        return {name: given for name, given in value.items() if name not in NEUTRAL and name not in UNUSED}
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("allowed with stream: true alone")
+        return value
+
+    def sampling(self, most: int) -> Sampling:
+        """most: tokens of an answer on this server. Raises Problem."""
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (getattr(self, name) or 0) > most:
+                raise Problem(400, f"{name}: at most {most} on this server, not {getattr(self, name)}")
+        # vLLM takes -1 for no seed.
+        seed = None if self.seed is None else self.seed % 2**63
+        limit = self.max_completion_tokens or self.max_tokens or most
+        return Sampling(limit, self.temperature or 0.0, self.top_p or 1.0, seed, tuple(self.stop or ()))
 
 
-def add(api: FastAPI, door: "Door") -> None:
+def add(api: FastAPI, gateway: Gateway) -> None:
     """Add the endpoints."""
-    names = [name for name in door.models if name != "yolo"]
+    names = [name for name in gateway.models if name != "yolo"]
+    listed = [name.replace(" ", "-") for name in names]
 
     def known(name: str) -> str:
-        if name.replace("-", " ") not in names:
+        if name not in listed:
             raise Problem(404, f"there is no model {name!r}: choose from {', '.join(listed) or 'none'}")
-        return name.replace("-", " ")
-
-    listed = [name.replace(" ", "-") for name in names]
+        return names[listed.index(name)]
 
     @api.get("/v1/models", summary="The PaliGemmas that may be asked")
     async def models() -> dict[str, Any]:
@@ -86,19 +163,27 @@ def add(api: FastAPI, door: "Door") -> None:
         known(name)
         return _model(name)
 
-    @api.post("/v1/chat/completions", summary="Ask PaliGemma about a picture", response_model=None)
-    async def completions(asked: Completion) -> JSONResponse | StreamingResponse:
-        name = known(asked.model)
+    content = {"application/json": {"schema": _inlined(Completion.model_json_schema())}}
+
+    @api.post(
+        "/v1/chat/completions",
+        summary="Ask PaliGemma about a picture",
+        description=LIMITS,
+        response_model=None,
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
+    async def completions(request: Request) -> JSONResponse | StreamingResponse:
+        no_query(request.query_params, 400)
+        asked = checked(Completion, json_object(await request.body(), 400), 400)
+        name, sampling = known(asked.model), asked.sampling(gateway.arguments.max_tokens)
         text, image = _question(asked.messages)
-        data = (await door.fetch(image))[1]
-        frame = await door.frame(data, name)
-        most = asked.max_completion_tokens or asked.max_tokens or door.arguments.max_tokens
-        said = door.speak(name, frame, text, most, asked.temperature or 0.0, asked.stream)
-        first = await anext(said)  # what cannot be asked fails here, while the status can still say so
+        frame = await gateway.pictures.frame((await gateway.pictures.fetch(image))[1], {name: gateway.models[name]})
+        parts = gateway.generate(name, frame, text, sampling, bool(asked.stream))
+        first = await anext(parts)  # what cannot be asked fails here, while the status can still say so
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
-            return StreamingResponse(_events(head, _all(first, said), asked), media_type="text/event-stream")
-        last = [first, *[more async for more in said]][-1]
+            return StreamingResponse(_events(head, _all(first, parts), asked), media_type="text/event-stream")
+        last = [first, *[part async for part in parts]][-1]
         choice = {"index": 0, "message": {"role": "assistant", "content": last["text"], "refusal": None}}
         choice |= {"finish_reason": last["finish_reason"], "logprobs": _logprobs(last, 0) if asked.logprobs else None}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(last)})
@@ -108,15 +193,36 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": STARTED, "owned_by": "shardsight"}
 
 
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references, which would be looked for in the whole document."""
+    definitions = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inlined(definitions[node["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in node.items()}
+
+    found: dict[str, Any] = inlined(schema)
+    return found
+
+
 def _question(messages: list[ChatMessage]) -> tuple[str, str]:
-    """The last user's text and picture; PaliGemma knows neither roles nor turns."""
-    message = messages[-1]
-    if message.role != "user" or not isinstance(message.content, list):
-        raise Problem(400, "the last message has to be the user's, with a text and an image_url")
-    texts = [part.text for part in message.content if part.type == "text" and part.text]
-    images = [part.image_url.url for part in message.content if part.image_url]
-    if len(texts) != 1 or len(images) != 1:
-        raise Problem(400, f"PaliGemma takes one text and one picture, not {len(texts)} and {len(images)}")
+    """The text and the picture of the one message. Raises Problem."""
+    if len(messages) != 1:
+        raise Problem(400, f"messages: PaliGemma answers one message without a history, not {len(messages)}")
+    content = messages[0].content
+    texts = [part.text for part in content if part.type == "text" and part.text]
+    images = [part.image_url.url for part in content if part.type == "image_url" and part.image_url]
+    if len(texts) != 1 or len(images) != 1 or len(content) != 2:
+        raise Problem(
+            400,
+            f"messages: PaliGemma takes one text and one picture, not {len(texts)} and {len(images)} of "
+            f"{len(content)} parts",
+        )
     try:
         return Prompt.of(texts[0]).text, images[0]
     except PromptError as error:
@@ -125,16 +231,16 @@ def _question(messages: list[ChatMessage]) -> tuple[str, str]:
 
 async def _all(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
     yield first
-    async for said in rest:
-        yield said
+    async for part in rest:
+        yield part
 
 
-async def _events(head: dict[str, Any], saying: AsyncIterator[dict[str, Any]], asked: Completion) -> AsyncIterator[str]:
+async def _events(head: dict[str, Any], parts: AsyncIterator[dict[str, Any]], asked: Completion) -> AsyncIterator[str]:
     """Server-sent events: what is new of the answer each time."""
     head = head | {"object": "chat.completion.chunk"}
     text, count, said = "", 0, {}
     yield _event(head, {"role": "assistant", "content": ""})
-    async for said in saying:
+    async for said in parts:
         now = said["text"]
         if now.endswith("\ufffd") and not said["finish_reason"]:  # half a character
             continue

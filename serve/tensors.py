@@ -6,24 +6,24 @@ BYTES [m]; and `rows` BYTES [n], all of each row as JSON. The job's `conf`, `iou
 """
 
 import asyncio
-import base64
 import json
+import re
 import struct
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from serve.chat import EXAMPLE
+from serve.arguments import EXAMPLE, Options, checked, json_object, no_query, options
 from serve.guard import Problem
-
-if TYPE_CHECKING:
-    from serve.app import Door
+from serve.pictures import decode_base64
+from serve.service import Gateway
 
 MOST = 64  # pictures of a request
+THRESHOLDS = ("conf", "iou", "max_det", "classes")
 LENGTH = "inference-header-content-length"
 OUTPUTS = {
     "image": ("INT32", [-1]),
@@ -37,7 +37,7 @@ _NUMPY = {"INT32": np.int32, "FP32": np.float32}
 
 
 class Tensor(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     name: str
     datatype: str = ""
@@ -50,7 +50,7 @@ _ASKED = [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE.
 
 
 class Inference(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     id: str | None = None
     inputs: list[Tensor] = Field(min_length=1, max_length=1, examples=[_ASKED])
@@ -58,7 +58,7 @@ class Inference(BaseModel):
     parameters: dict[str, Any] = {}
 
 
-def add(api: FastAPI, door: "Door") -> None:
+def add(api: FastAPI, gateway: Gateway) -> None:
     """Add the endpoints."""
 
     @api.get("/v2", summary="What this server is")
@@ -69,22 +69,26 @@ def add(api: FastAPI, door: "Door") -> None:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @api.get("/v2/health/ready", summary="Whether it answers")
-    async def ready() -> dict[str, bool]:
-        return {"ready": True}
+    @api.get("/v2/health/ready", summary="Whether a replica of each model answers; 503 if not")
+    async def ready() -> JSONResponse:
+        found = await gateway.ready()
+        return JSONResponse({"ready": found}, 200 if found else 503)
 
-    if "yolo" not in door.models:
-        return
+    if "yolo" in gateway.models:
+        _add_yolo(api, gateway)
 
+
+def _add_yolo(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/v2/models/yolo", summary="What YOLO takes and gives")
     async def model() -> dict[str, Any]:
         outputs = [{"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()]
         inputs = [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
         return {"name": "yolo", "versions": ["1"], "platform": "ultralytics", "inputs": inputs, "outputs": outputs}
 
-    @api.get("/v2/models/yolo/ready", summary="Whether YOLO answers")
-    async def model_ready() -> dict[str, Any]:
-        return {"name": "yolo", "ready": True}
+    @api.get("/v2/models/yolo/ready", summary="Whether a replica of YOLO answers; 503 if not")
+    async def model_ready() -> JSONResponse:
+        found = await gateway.ready("yolo")
+        return JSONResponse({"name": "yolo", "ready": found}, 200 if found else 503)
 
     schema = Inference.model_json_schema()
     tensor = schema.pop("$defs")["Tensor"]  # a reference to which would be looked for in the whole document
@@ -98,25 +102,40 @@ def add(api: FastAPI, door: "Door") -> None:
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )
     async def infer(request: Request) -> Response:
+        no_query(request.query_params, 400)
         asked, pictures = _read(await request.body(), request.headers.get(LENGTH))
-        options = door.thresholds(asked.parameters)
-        rows = await asyncio.gather(*(door.row(f"image {n}", data, options) for n, data in enumerate(pictures)))
+        found = _options(gateway, asked)
+        rows = await asyncio.gather(*(gateway.row(f"image {n}", data, found) for n, data in enumerate(pictures)))
         return _write(asked, list(rows))
 
 
+def _options(gateway: Gateway, asked: Inference) -> Options:
+    """Of the request's parameters. Raises Problem."""
+    given = {name: value for name, value in asked.parameters.items() if name != "binary_data_output"}
+    _only(given, THRESHOLDS, "parameters")
+    return options(gateway.arguments, Options, given | {"prompt": [], "on": "image"})
+
+
+def _only(given: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """Raises Problem where a parameter would be ignored."""
+    if unknown := sorted(set(given) - set(known)):
+        raise Problem(400, f"{place}.{unknown[0]}: not supported: choose from {', '.join(known)}")
+
+
 def _read(body: bytes, length: str | None) -> tuple[Inference, list[bytes]]:
-    try:
-        end = len(body) if length is None else int(length)
-        asked = Inference.model_validate_json(body[:end])
-    except (ValueError, ValidationError):
-        raise Problem(400, "the body is no inference request of the Open Inference Protocol") from None
+    """The request and its pictures. Raises Problem."""
+    end = len(body) if length is None else int(length) if re.fullmatch(r"[0-9]{1,12}", length) else -1
+    if not 0 <= end <= len(body):
+        raise Problem(400, f"{LENGTH} is {(length or '')[:40]!r}, and the body has {len(body)} bytes")
+    asked = checked(Inference, json_object(body[:end], 400), 400)
     tensor, rest = asked.inputs[0], body[end:]
     if tensor.name != "image" or tensor.datatype != "BYTES":
         raise Problem(400, f"expected one input, image of BYTES, not {tensor.name} of {tensor.datatype or 'nothing'}")
+    _only(tensor.parameters, ("binary_data_size",), "inputs.0.parameters")
     size = tensor.parameters.get("binary_data_size")
     try:
         if size is None:
-            pictures = [base64.b64decode(one, validate=True) for one in tensor.data or []]
+            pictures = [decode_base64(text) for text in _flat(tensor.data or [])]
         elif size != len(rest):
             raise ValueError(f"{size} bytes announced, {len(rest)} came")
         else:
@@ -126,6 +145,11 @@ def _read(body: bytes, length: str | None) -> tuple[Inference, list[bytes]]:
     if tensor.shape not in ([len(pictures)], [len(pictures), 1]) or not 0 < len(pictures) <= MOST:
         raise Problem(400, f"image has shape {tensor.shape} and {len(pictures)} pictures: give [n], of 1 to {MOST}")
     return asked, pictures
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    """Elements of a tensor, which may be nested by its shape [n, 1]."""
+    return [one for entry in data for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def _split(data: bytes) -> list[bytes]:
@@ -154,6 +178,7 @@ def _write(asked: Inference, rows: list[dict[str, Any]]) -> Response:
     for tensor in wanted:
         if tensor.name not in OUTPUTS:
             raise Problem(400, f"there is no output {tensor.name}: choose from {', '.join(OUTPUTS)}")
+        _only(tensor.parameters, ("binary_data",), f"outputs.{tensor.name}.parameters")
         kind, _ = OUTPUTS[tensor.name]
         value = values[tensor.name]
         shape = [len(value), 4] if tensor.name == "boxes" else [len(value)]

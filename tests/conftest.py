@@ -56,6 +56,7 @@ def one_ray() -> Iterator[str]:
 
     from shardsight import cluster
 
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.guard:proxy_middleware"  # as in config.yaml
     cluster.join()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

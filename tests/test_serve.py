@@ -2,25 +2,39 @@
 
 import asyncio
 import base64
+import gzip
 import json
+import socket
 import subprocess
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import openai
 import pytest
 import tritonclient.http as triton
+from hypothesis import given
+from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 
-from serve import chat
+from serve.arguments import EXAMPLE, Arguments, Options, options
+from serve.guard import MOST_BYTES, Guard, Problem, ProxyProblems, _Unpacker, digest
+from serve.pictures import decode_base64
+from serve.service import _Answer
+from shardsight.models.info import ModelDied
+from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
 from tests.test_annotate import mixed_inputs
 
+FRONTEND = "https://frontend.example"
 PROMPTS = ["caption en", "detect circle ; star", "segment star"]
 
 
@@ -52,7 +66,7 @@ def service(one_ray: str, rows: dict[str, Any], s3: S3) -> Iterator[str]:
     """Its address."""
     from ray import serve
 
-    from serve.app import Arguments, app
+    from serve.app import app
 
     port = free_port()
     storage = dict(pair.split("=", 1) for pair in s3.options()[1::2])
@@ -63,6 +77,7 @@ def service(one_ray: str, rows: dict[str, Any], s3: S3) -> Iterator[str]:
         precision="fp32",
         max_bytes=4 << 20,
         allowed_prefixes=["s3://served/public"],
+        allowed_origins=[FRONTEND],
         storage=storage,
     )
     serve.run(app(arguments), name="shardsight")
@@ -128,6 +143,107 @@ def test_openai_client(service: str, jpegs: list[bytes]) -> None:
         client.chat.completions.create(**asked | {"model": "gpt-4o"})
     with pytest.raises(openai.BadRequestError, match="one text and one picture"):
         client.chat.completions.create(**asked | {"messages": [{"role": "user", "content": content[:1]}]})
+    said = choice.message.content or ""
+    word = said.split()[-1]
+    for streamed in (False, True):  # the answer ends before the text, of which not even a part is sent
+        stopped = client.chat.completions.create(**asked, stop=[word, "never said"], stream=streamed)
+        parts = [one.choices[0] for one in (stopped if streamed else [stopped])]
+        texts = [(part.delta if streamed else part.message).content or "" for part in parts]
+        assert "".join(texts) == said[: said.index(word)] and parts[-1].finish_reason == "stop"
+    drawn = [client.chat.completions.create(**asked, temperature=1.5, seed=7) for _ in range(3)]
+    assert len({one.choices[0].message.content for one in drawn}) == 1
+    narrow = client.chat.completions.create(**asked, temperature=1.5, top_p=1e-6)  # the likeliest token alone
+    assert narrow.choices[0].message.content == said
+
+
+# What changes no answer, or asks for nothing.
+NOTHING = {"user": "a", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "n": 1, "tools": []}
+NOTHING |= {"presence_penalty": 0, "response_format": {"type": "text"}, "stop": None, "top_logprobs": None}
+UNSUPPORTED: list[dict[str, Any]] = [
+    {"n": 2},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    {"tool_choice": "required"},
+    {"functions": [{"name": "f"}]},
+    {"response_format": {"type": "json_object"}},
+    {"logit_bias": {"5": 100}},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": -0.1},
+    {"top_logprobs": 3, "logprobs": True},
+    {"store": True},
+    {"modalities": ["audio"]},
+    {"reasoning_effort": "high"},
+    {"stop": ["a", "b", "c", "d", "e"]},
+    {"stop": ""},
+    {"seed": 2**63},
+    {"top_p": 0},
+    {"max_tokens": 257},
+    {"max_completion_tokens": 257},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"other": True}, "stream": True},
+    {"top_k": 5},
+    {"top_k": 5, "stream": True},
+]
+
+
+def test_parameters_that_change_no_answer(ask: httpx.Client, jpegs: list[bytes]) -> None:
+    plain, more = (ask.post("/v1/chat/completions", json=_question(jpegs) | more).json() for more in ({}, NOTHING))
+    assert plain["choices"] == more["choices"]
+
+
+@pytest.mark.parametrize("more", UNSUPPORTED, ids=lambda more: ", ".join(f"{k}={v}"[:30] for k, v in more.items()))
+def test_parameters_that_cannot_be_honoured(ask: httpx.Client, jpegs: list[bytes], more: dict[str, Any]) -> None:
+    """Each is refused by name, streaming or not: who sent it would take an answer for one that heeds it."""
+    response = ask.post("/v1/chat/completions", json=_question(jpegs) | more)
+    assert response.status_code == 400 and next(iter(more)) in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda user, parts: [{"role": "system", "content": "Answer in French."}, user], "no system messages"),
+        (lambda user, parts: [{"role": "developer", "content": "Be brief."}, user], "no developer messages"),
+        (lambda user, parts: [user, {"role": "assistant", "content": "a star"}, user], "no assistant messages"),
+        (lambda user, parts: [user, user], "without a history"),
+        (lambda user, parts: [user | {"content": [*parts, parts[0]]}], "one text and one picture"),
+        (lambda user, parts: [user | {"content": [*parts, parts[1]]}], "one text and one picture"),
+        (lambda user, parts: [user | {"content": "a star?"}], "one text and one picture"),
+        (lambda user, parts: [user | {"name": "Ada"}], "name"),
+        (lambda user, parts: [user | {"content": [*parts, {"type": "input_audio", "input_audio": {}}]}], "type"),
+        (lambda user, parts: [user | {"content": [parts[0], _with_detail(parts[1])]}], "detail"),
+    ],
+)
+def test_messages_that_paligemma_cannot_follow(ask: httpx.Client, jpegs: list[bytes], change: Any, words: str) -> None:
+    asked = _question(jpegs)
+    (user,) = asked["messages"]
+    response = ask.post("/v1/chat/completions", json=asked | {"messages": change(user, user["content"])})
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+
+
+def _question(jpegs: list[bytes]) -> dict[str, Any]:
+    picture = {"type": "image_url", "image_url": {"url": data_uri(jpegs[0])}}
+    content = [{"type": "text", "text": "caption en"}, picture]
+    return {"model": "paligemma", "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+
+
+def _with_detail(part: dict[str, Any]) -> dict[str, Any]:
+    return part | {"image_url": part["image_url"] | {"detail": "high"}}
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_where_an_answer_stops(text: str, stop: list[str]) -> None:
+    """Before the first stop text; and what is streamed on the way there is never taken back."""
+    first = next((text[:n] for n in range(len(text) + 1) if any(one in text[:n] for one in stop)), "")
+    end = min((first.find(one) for one in stop if one in first), default=len(text))
+    answer, sent = _Answer(lambda ids: "".join(map(chr, ids)), stop), ""
+    for count in range(1, len(text) + 1):
+        part = answer.part(SimpleNamespace(ids=[*map(ord, text[:count])], logprobs=[0.0] * count))
+        assert part["text"].startswith(sent)
+        sent = part["text"]
+        if answer.stopped:
+            break
+    whole = answer.part(answer.last, whole=True) if text else {"text": "", "tokens": []}
+    assert answer.stopped == (end < len(text)) and whole["text"] == "".join(whole["tokens"]) == text[:end]
+    assert whole["text"].startswith(sent)
 
 
 def test_langchain(service: str, jpegs: list[bytes]) -> None:
@@ -156,6 +272,78 @@ def test_triton_client(service: str, ask: httpx.Client, jpegs: list[bytes]) -> N
         assert found.as_numpy("image").tolist() == [n for n, row in enumerate(rows) for _ in row["detections"]]
     with pytest.raises(triton.InferenceServerException, match="conf"):
         client.infer("yolo", [tensor], parameters={"conf": 7})
+    with pytest.raises(triton.InferenceServerException, match="priority: not supported"):
+        client.infer("yolo", [tensor], priority=1)
+    with pytest.raises(triton.InferenceServerException, match="classification: not supported"):
+        client.infer("yolo", [tensor], outputs=[triton.InferRequestedOutput("boxes", class_count=2)])
+    packed = client.infer("yolo", [tensor], outputs=outputs, request_compression_algorithm="gzip")
+    np.testing.assert_array_equal(packed.as_numpy("boxes"), found.as_numpy("boxes"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [7]}]}, "cannot be read"),
+        ({"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1], "data": [7]}]}, "not image of UINT8"),
+        ({"sequence": 1}, "sequence: unknown"),
+        ({"parameters": {"imgsz": 320}}, "imgsz: not supported: choose from conf"),
+        ({"outputs": [{"name": "masks"}]}, "no output masks"),
+    ],
+)
+def test_inference_requests_that_are_refused(
+    ask: httpx.Client, jpegs: list[bytes], change: dict[str, Any], words: str
+) -> None:
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(jpegs[0]).decode()]}
+    response = ask.post("/v2/models/yolo/infer", json={"inputs": [tensor]} | change)
+    assert response.status_code == 400 and words in response.json()["error"]
+    asked = ask.post("/v2/models/yolo/infer?conf=0.9", json={"inputs": [tensor]})
+    assert asked.status_code == 400 and "query" in asked.json()["error"]
+    for length in ("-1", "x", "9" * 5000, "9"):
+        response = ask.post("/v2/models/yolo/infer", content=b"{}", headers={"inference-header-content-length": length})
+        assert response.status_code == 400 and "inference-header-content-length" in response.json()["error"]
+
+
+def test_a_model_that_fails_is_replaced(
+    service: str, ask: httpx.Client, jpegs: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does after a fault. Until another replica answers, load balancers are told that it is not ready; and
+    clients, that they may try again. Under a path of its own, so that Serve's route_prefix is tried too."""
+    from ray import serve
+
+    from serve.app import YoloReplica, app
+
+    fails = tmp_path / "fails"
+
+    class Failing(YoloReplica):
+        def compute(self, packed: Any, thresholds: Any) -> Any:
+            if fails.exists():
+                raise ModelDied("the GPU has failed")
+            return super().compute(packed, thresholds)
+
+    monkeypatch.setattr("serve.app.YoloReplica", Failing)
+    serve.run(app(Arguments(yolo=str(WEIGHTS / "detect.pt"))), name="failing", route_prefix="/failing")
+    try:
+
+        def ready() -> list[int]:
+            paths = ("/v2/health/ready", "/v2/models/yolo/ready", "/healthz")
+            return [ask.get(f"/failing{path}").status_code for path in paths]
+
+        def annotate() -> httpx.Response:
+            return ask.post("/failing/v1/annotate", files={"image": jpegs[0]})
+
+        assert ready() == [200, 200, 200] and annotate().status_code == 200
+        fails.touch()
+        response = annotate()
+        assert response.status_code == 503 and response.headers["retry-after"] and "try again" in response.text
+        assert ready() == [503, 503, 200]
+        fails.unlink()
+        assert annotate().status_code == 503  # it is not asked again
+        within(90, lambda: annotate().status_code == 200)
+        assert ready() == [200, 200, 200]
+        assert ask.get("/v2/health/ready").status_code == 200
+        assert ask.get("/failing/openapi.json").json()["servers"] == [{"url": "/failing"}]
+    finally:
+        serve.delete("failing")
 
 
 def test_curl_and_json(service: str, ask: httpx.Client, jpegs: list[bytes], tmp_path: Path) -> None:
@@ -168,6 +356,62 @@ def test_curl_and_json(service: str, ask: httpx.Client, jpegs: list[bytes], tmp_
     assert none["detections"] == []
     few = ask.post("/v1/annotate", files={"image": jpegs[0]}, data={"classes": "2,3", "max_det": "1"}).json()
     assert len(few["detections"]) <= 1 and {one["class_id"] for one in few["detections"]} <= {2, 3}
+
+
+def test_the_forms_in_which_pictures_are_sent(ask: httpx.Client, jpegs: list[bytes]) -> None:
+    """Each gives the same detections."""
+    plain = base64.b64encode(jpegs[0]).decode()
+    lines = "\r\n".join(plain[at : at + 76] for at in range(0, len(plain), 76))
+    texts = [lines, plain.replace("+", "-").replace("/", "_"), plain.rstrip("="), f" {plain}\n", quote(plain, safe="")]
+    uris = [f"data:image/jpeg;base64,{text}" for text in texts] + [f"DATA:;BASE64,{plain}"]
+    found = [ask.post("/v1/annotate", json={"image": uri, "conf": 0.5}) for uri in uris]
+    kinds = ["image/jpeg", "image/png", "application/octet-stream", "image/jpeg; charset=binary"]
+    found += [ask.post("/v1/annotate?conf=0.5", content=jpegs[0], headers={"content-type": kind}) for kind in kinds]
+    body = json.dumps({"image": data_uri(jpegs[0])}).encode()
+    packed = {"gzip": gzip.compress(body), "deflate": zlib.compress(body), "identity": body}
+    for coding, content in packed.items():
+        headers = {"content-type": "application/json", "content-encoding": coding}
+        found.append(ask.post("/v1/annotate", params={"conf": 0.5}, content=content, headers=headers))
+    found.append(ask.post("/v1/annotate?conf=0.5", files={"image": jpegs[0]}))
+    assert {response.status_code for response in found} == {200}, [response.text[:200] for response in found]
+    first, *rest = [response.json()["detections"] for response in found]
+    assert first and all(one == first for one in rest)
+
+
+@given(st.binary(max_size=200), st.sampled_from(["", "\n", "\r\n", " "]), st.booleans(), st.booleans())
+def test_base64_of_all_kinds(data: bytes, gap: str, safe: bool, padded: bool) -> None:
+    text = (base64.urlsafe_b64encode if safe else base64.b64encode)(data).decode()
+    text = text if padded else text.rstrip("=")
+    assert decode_base64(gap.join(text[at : at + 7] for at in range(0, len(text), 7))) == data
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4), st.sampled_from([16, 0]))
+def test_packed_bodies_in_parts(data: bytes, cuts: list[int], header: int) -> None:
+    """However they are cut on their way, and however many are joined."""
+    packer = zlib.compressobj(wbits=header + zlib.MAX_WBITS)
+    packed = packer.compress(data) + packer.flush() + gzip.compress(data)
+    unpack, edges = _Unpacker(600), [0, *sorted(min(cut, len(packed)) for cut in cuts), len(packed)]
+    parts = [packed[start:end] for start, end in pairwise(edges)]
+    found = b"".join(unpack(part, number < len(parts) - 1) for number, part in enumerate(parts))
+    assert found == data + data
+
+
+def test_what_a_packed_body_may_hold() -> None:
+    """No more than a plain one: a megabyte of it may hold a gigabyte."""
+    with pytest.raises(Problem, match="at most 1,000 bytes"):
+        _Unpacker(1000)(gzip.compress(bytes(1 << 20)), False)
+    with pytest.raises(Problem, match="ends too early"):
+        _Unpacker(1000)(gzip.compress(b"abc")[:-4], False)
+    with pytest.raises(Problem, match="not packed"):
+        _Unpacker(1000)(b"abc", False)
+
+
+def test_the_servers_settings_are_a_requests_defaults() -> None:
+    served = Arguments(yolo="a.pt", conf=0.4, max_tokens=64, prompt="ocr")  # type: ignore[arg-type]
+    assert options(served, Options, {}) == Options(conf=0.4, max_tokens=64, prompt=["ocr"])
+    assert options(served, Options, {"conf": 0.1, "max_tokens": 8}).conf == 0.1
+    with pytest.raises(Problem, match="max_tokens: at most 64"):
+        options(served, Options, {"max_tokens": 65})
 
 
 def test_regions(ask: httpx.Client, jpegs: list[bytes]) -> None:
@@ -189,7 +433,7 @@ def test_a_name_that_is_no_text(ask: httpx.Client, jpegs: list[bytes]) -> None:
 
 def test_regions_of_an_empty_picture(ask: httpx.Client) -> None:
     """There is nothing to ask about, which is no failure."""
-    response = ask.post("/v1/annotate", json={"image": chat.EXAMPLE, "on": "regions", "prompt": "ocr"})
+    response = ask.post("/v1/annotate", json={"image": EXAMPLE, "on": "regions", "prompt": "ocr"})
     assert response.status_code == 200 and response.json()["detections"] == []
 
 
@@ -212,9 +456,28 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
         ({"files": {"image": b"no picture"}}, 415, "no picture format"),
         ({"files": {"image": b""}}, 422, "no bytes"),
         ({"files": {"image": bytes(5 << 20)}}, 413, "at most"),
-        ({"files": {"picture": b"x"}}, 422, "a file named 'image'"),
+        ({"files": {"file": b"x"}}, 422, "a file named 'image': its file is named 'file'"),
+        ({"files": {"x": b""}, "data": {"image": "data:"}}, 422, "send a file"),
+        ({"files": {"video": b"x"}}, 415, "videos"),
+        ({"files": {"image": ("a.mp4", b"x", "video/mp4")}}, 415, "videos"),
+        ({"content": b"x", "headers": {"content-type": "video/mp4"}}, 415, "videos"),
+        ({"content": b"x", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415, "image/jpeg"),
+        ({"content": b"x", "headers": {"content-type": "image/jpeg", "content-encoding": "br"}}, 415, "gzip"),
+        (
+            {"content": b"no gzip", "headers": {"content-type": "image/jpeg", "content-encoding": "gzip"}},
+            400,
+            "not packed",
+        ),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
+        ({"content": b"--b", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 422, "lacks a file"),
+        ({"content": b"[" * 50_000, "headers": {"content-type": "application/json"}}, 422, "not JSON"),
+        ({"json": [1]}, 422, "JSON object"),
+        ({"files": {"image": b"x"}, "params": {"conf": [0.1, 0.2]}}, 422, "conf: given 2 times"),
+        ({"files": {"image": b"x"}, "params": {"conf": 0.1}, "data": {"conf": "0.1"}}, 422, "in the body"),
+        ({"files": {"image": b"x"}, "params": {"imgsz": 320}}, 422, "imgsz: unknown: choose from conf"),
+        ({"files": {"image": b"x"}, "data": {"max_tokens": "257"}}, 422, "at most 256"),
         ({"files": {"image": b"x"}, "data": {"conf": "2"}}, 422, "conf"),
-        ({"files": {"image": b"x"}, "data": {"confidence": "0.2"}}, 422, "confidence"),
+        ({"files": {"image": b"x"}, "data": {"confidence": "0.2"}}, 422, "confidence: unknown: choose from conf,"),
         ({"files": {"image": b"x"}, "data": {"classes": str(2**63)}}, 422, "classes"),
         ({"files": {"image": b"x"}, "data": {"prompt": "detect"}}, 422, "lacks its rest"),
         ({"content": b"x"}, 415, "multipart/form-data"),
@@ -224,6 +487,10 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
         ({"json": {"image": "http://169.254.169.254/latest/meta-data"}}, 422, "data: uri"),
         ({"json": {"image": "s3://elsewhere/a.jpg"}}, 422, "allows"),
         ({"files": {"image": b"x"}, "headers": {"origin": "https://elsewhere.example"}}, 403, "another site"),
+        ({"files": {"image": b"x"}, "headers": {"origin": "null"}}, 403, "another site"),
+        ({"files": {"image": b"x"}, "headers": {"origin": "http://[bad"}}, 400, "Origin"),
+        ({"files": {"image": b"x"}, "headers": {"host": "[::1"}}, 400, "Host"),
+        ({"files": {"image": b"x"}, "headers": {"host": "a:b"}}, 400, "Host"),
         ({"files": {"image": b"x"}, "headers": {"host": "elsewhere.example"}}, 401, "SHARDSIGHT_API_KEYS"),
     ],
 )
@@ -245,6 +512,70 @@ def test_what_every_response_carries(ask: httpx.Client) -> None:
         assert "access-control-allow-origin" not in response.headers
         assert response.headers["x-request-id"] == "mine-7"
         assert "//" not in response.text.replace("http://www.w3.org/2000/svg", "") or path == "/page/page.js"
+
+
+def test_load_balancers_ask_with_head(ask: httpx.Client) -> None:
+    """What GET would say of it, without the body."""
+    for path in ("/", "/healthz", "/v2/health/ready", "/v1/models", "/docs", "/openapi.json", "/page/page.js"):
+        head, whole = ask.head(path), ask.get(path)
+        assert head.status_code == 200 and not head.content, path
+        assert head.headers["content-length"] == str(len(whole.content)), path
+    refused = ask.head("/v1/annotate")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+    assert ask.options("/v1/annotate").headers["allow"] == "OPTIONS, POST"
+    assert ask.options("/healthz").headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+def test_a_frontend_of_ones_own(ask: httpx.Client, jpegs: list[bytes]) -> None:
+    """Its site in allowed_origins, browsers let its pages read answers and refusals; other sites' pages are refused."""
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    preflight = ask.options("/v1/annotate", headers=asks | {"origin": FRONTEND})
+    assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+    assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
+    assert ask.options("/v1/annotate", headers=asks | {"origin": FRONTEND + ".evil"}).status_code == 403
+    for picture, status in ((jpegs[0], 200), (b"none", 415), (bytes(5 << 20), 413)):
+        response = ask.post("/v1/annotate", files={"image": picture}, headers={"origin": FRONTEND})
+        assert response.status_code == status
+        for one in (preflight, response):
+            assert one.headers["access-control-allow-origin"] == FRONTEND and one.headers["vary"] == "origin"
+
+
+@pytest.mark.parametrize("path", ["", "/healthz", "/page/page.js", "/page/%00", "/page/" + "a" * 5000, "/%ff", "//a/"])
+@pytest.mark.parametrize("name", ["x-request-id", "serve_multiplexed_model_id", "range", "if-modified-since", "cookie"])
+def test_requests_that_make_no_sense(service: str, path: str, name: str) -> None:
+    """Paths and headers of bytes that are no text, or that mean nothing: never an error of the server's own."""
+    host, port = service.removeprefix("http://").split(":")
+    for value in (b"\xff\xfe", b"bytes=9-1", b"bytes=" + b"9" * 5000 + b"-"):
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            head = f"GET {path or '/'} HTTP/1.1\r\nhost: {host}:{port}\r\nconnection: close\r\n{name}: "
+            connection.sendall(head.encode() + value + b"\r\n\r\n")
+            status = int(connection.makefile("rb").readline().split()[1])
+        assert status < 500, value
+
+
+@pytest.mark.parametrize(
+    "asked, prefix, root_path, inside",
+    [
+        ("/vision/healthz", "/vision", "", "/healthz"),  # Serve's route_prefix
+        ("/healthz", "", "/vision", "/healthz"),  # a proxy in front has removed the path
+        ("/vision/healthz", "", "/vision", "/healthz"),  # a proxy in front has left it
+        ("/vision/healthz", "/vision", "/public", "/healthz"),
+        ("/visions", "", "/vision", "/visions"),
+        ("/vision", "", "/vision", ""),
+    ],
+)
+def test_under_a_path_behind_a_proxy(asked: str, prefix: str, root_path: str, inside: str) -> None:
+    """Keys are asked for by the path within the application, and its links lead to where callers find it."""
+    seen: list[Any] = []
+
+    async def looks(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+
+    scope = {"type": "http", "method": "GET", "path": asked, "root_path": prefix, "headers": [], "client": None}
+    guard = _guard(looks, root_path=root_path)
+    asyncio.run(guard(scope | {"headers": [(b"authorization", b"Bearer one")]}, None, None))
+    root = root_path or prefix
+    assert seen[0]["path"] == root + inside and seen[0]["root_path"] == root
 
 
 async def _through(guard: Any, headers: dict[str, str], body: list[bytes], more: bool = True) -> list[Any]:
@@ -274,9 +605,12 @@ async def _swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def _guard(app: Any = _swallow, **changed: Any) -> Any:
-    from serve.guard import Guard, digest
-
-    limits: dict[str, Any] = {"keys": [digest("one"), digest("two")], "max_bytes": 100, "deadline": 5.0, "room": 2}
+    limits: dict[str, Any] = {
+        "keys": [digest("one"), digest("two")],
+        "max_bytes": 100,
+        "deadline": 5.0,
+        "max_concurrent": 2,
+    }
     return Guard(app, **limits | {"routes": []} | changed)
 
 
@@ -293,6 +627,9 @@ def test_endless_bodies_and_slow_senders() -> None:
     key = {"authorization": "Bearer one", "host": "a"}
     endless = asyncio.run(_through(_guard(), key | {"transfer-encoding": "chunked"}, [bytes(60)] * 1000))
     assert endless[0]["status"] == 413 and _closes(endless)
+    for length in ("abc", "-1", "٣", "1_0", ""):
+        assert asyncio.run(_through(_guard(), key | {"content-length": length}, []))[0]["status"] == 400, length
+    assert asyncio.run(_through(_guard(), key | {"content-length": "9" * 5000}, []))[0]["status"] == 413
     announced = asyncio.run(_through(_guard(), key | {"content-length": "101"}, []))
     assert announced[0]["status"] == 413 and _closes(announced)
     assert asyncio.run(_through(_guard(deadline=0.2), key, [b"a"]))[0]["status"] == 408
@@ -317,35 +654,62 @@ def _closes(sent: list[Any]) -> bool:
 
 
 def test_an_error_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a 500 with the request's id; not in plain words, which Outside would take for a Door that has died."""
-    from serve.app import Arguments, Door
+    """As a 500 with the request's id."""
+    from serve.app import asgi
+    from serve.service import Gateway
 
     async def fails(*_: Any) -> Any:
         raise ZeroDivisionError("of the inside")
 
-    (plain, *_) = Door.func_or_class.__bases__  # type: ignore[union-attr]  # without what makes it a replica
-    door = plain(Arguments(), {}, [], {})
-    monkeypatch.setattr(door, "row", fails)
-    transport = httpx.ASGITransport(door.__serve_build_asgi_app__())
+    gateway = Gateway(Arguments(), {}, [], {})
+    monkeypatch.setattr(gateway, "row", fails)
+    transport = httpx.ASGITransport(asgi(gateway))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return await client.post("/v1/annotate", json={"image": chat.EXAMPLE})
+            return await client.post("/v1/annotate", json={"image": EXAMPLE})
 
     response = asyncio.run(ask())
     assert response.status_code == response.json()["status"] == 500 and "inside" not in response.text
     assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_what_has_no_room_is_told_so_at_once() -> None:
+KEY = {"authorization": "Bearer one", "host": "a"}
+
+
+def test_more_requests_than_are_processed() -> None:
+    """Those beyond max_concurrent are told so immediately."""
+
     async def all_at_once() -> list[int]:
-        guard = _guard(deadline=1.0)
-        key = {"authorization": "Bearer one", "host": "a"}
-        sent = await asyncio.gather(*(_through(guard, key, [b"x"]) for _ in range(5)))
-        assert guard.inside == 0
+        guard = _guard(_late, deadline=1.0)
+        sent = await asyncio.gather(*(_through(guard, KEY, [b"x"], more=False) for _ in range(5)))
+        assert not guard.processed and not guard.arriving
         return sorted(each[0]["status"] for each in sent)
 
-    assert asyncio.run(all_at_once()) == [408, 408, 429, 429, 429]
+    assert asyncio.run(all_at_once()) == [429, 429, 429, 504, 504]
+
+
+def test_slow_senders_hold_up_nobody() -> None:
+    """A request counts once its body has arrived; only a crowd of slow senders is told that they are too many."""
+
+    async def among_slow_ones() -> tuple[int, list[int]]:
+        guard = _guard(deadline=1.0)
+        slow = [asyncio.create_task(_through(guard, KEY, [b"x"])) for _ in range(6)]
+        await asyncio.sleep(0)
+        whole = await _through(guard, KEY, [b"x"], more=False)
+        more = [asyncio.create_task(_through(guard, KEY, [b"x"])) for _ in range(3)]
+        sent = await asyncio.gather(*slow, *more)
+        return whole[0]["status"], sorted(each[0]["status"] for each in sent)
+
+    status, slow = asyncio.run(among_slow_ones())
+    assert status == 200 and slow == [408] * 8 + [429]
+
+
+async def _late(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers too late."""
+    while (await receive()).get("more_body"):
+        pass
+    await asyncio.Event().wait()
 
 
 def test_late_work_is_cancelled() -> None:
@@ -375,9 +739,8 @@ def test_late_work_is_cancelled() -> None:
 
 
 @pytest.mark.parametrize("says, status", [(None, 503), (503, 503), (404, 404), (413, 413)])
-def test_what_the_proxy_says_of_a_door_that_is_not_there(says: int | None, status: int) -> None:
+def test_what_the_proxy_says_of_a_gateway_that_is_not_there(says: int | None, status: int) -> None:
     """Nothing, or plain words of its own; and it is read from without an end. Callers get a problem all the same."""
-    from serve.guard import MOST_BYTES, Outside
 
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
         if says == 413:
@@ -389,7 +752,17 @@ def test_what_the_proxy_says_of_a_door_that_is_not_there(says: int | None, statu
             await send({"type": "http.response.body", "body": b"ActorDiedError: pid=7, ip=10.0.0.1"})
 
     parts = [bytes(1 << 20)] * ((MOST_BYTES >> 20) + 8)
-    start, body = asyncio.run(_through(Outside(proxy), {"x-request-id": "mine"}, parts))
+    start, body = asyncio.run(_through(ProxyProblems(proxy), {"x-request-id": "mine"}, parts))
     problem = json.loads(body["body"])
     assert start["status"] == problem["status"] == status and problem["instance"] == "urn:request:mine"
     assert "pid" not in problem["detail"] and dict(start["headers"])[b"content-type"] == b"application/problem+json"
+
+
+@pytest.mark.parametrize("gpus, memory", [(0.0, 0.9), (0.5, 0.45), (1.0, 0.9), (2.0, 0.9)])
+def test_replicas_divide_the_memory_of_a_gpu(gpus: float, memory: float) -> None:
+    """Of two that share one, each would else take nine tenths of it, and the second would not start."""
+    from serve.app import app
+
+    application = app(Arguments(yolo=str(WEIGHTS / "detect.pt"), paligemma=[str(WEIGHTS / "paligemma")], gpus=gpus))
+    handles = application._bound_deployment.init_args[3]
+    assert handles["paligemma"]._bound_deployment.init_args[0]["memory"] == pytest.approx(memory)

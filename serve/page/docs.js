@@ -1,1 +1,1 @@
-window.addEventListener("load", () => SwaggerUIBundle({ url: "/openapi.json", dom_id: "#swagger-ui" }));
+window.addEventListener("load", () => SwaggerUIBundle({ url: "openapi.json", dom_id: "#swagger-ui" }));

@@ -46,7 +46,7 @@ class Service:
         within(180, lambda: self.status().get("status") == "RUNNING", self.status)
 
     def replicas(self, name: str) -> list[psutil.Process]:
-        """Processes of a deployment: yolo, paligemma, Door."""
+        """Processes of a deployment: yolo, paligemma, Gateway."""
         return self._processes(f"ServeReplica:shardsight:{name}")
 
     def memory(self) -> int:
@@ -77,7 +77,7 @@ def running(folder: Path, **arguments: Any) -> Iterator[Service]:
     """A cluster of two CPUs with the service on it."""
     metrics, url = free_port(), f"http://127.0.0.1:{free_port()}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.guard:outside")
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.guard:proxy_middleware")
         with ray_head(f"--metrics-export-port={metrics}") as (head, dashboard):
             service = Service(head, folder, dashboard, url, f"http://127.0.0.1:{metrics}/metrics")
             within(60, lambda: _answers(dashboard), lambda: "the dashboard does not come up")

@@ -196,7 +196,7 @@ def test_slow_senders(service: Service, jpegs: list[bytes]) -> None:
     """They are turned away when their time is over, and cost nobody else an answer."""
     host, port = service.url.removeprefix("http://").split(":")
     head = f"POST /v1/annotate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    senders = [socket.create_connection((host, int(port))) for _ in range(60)]
+    senders = [socket.create_connection((host, int(port))) for _ in range(150)]  # more than max_concurrent
     for sender in senders:
         sender.sendall(f"{head}Content-Length: 1000000\r\n\r\n{{".encode())
     ended: list[bytes] = []
@@ -215,7 +215,7 @@ def test_slow_senders(service: Service, jpegs: list[bytes]) -> None:
             ended.append(said)
             return
 
-    with ThreadPoolExecutor(60) as pool:
+    with ThreadPoolExecutor(150) as pool:
         waiting = [pool.submit(drip, sender) for sender in senders]
         with Crowd(4, pictures(jpegs), service.url) as crowd:
             crowd.hear(30, seconds=DEADLINE - 2)  # while they are still at it
@@ -223,7 +223,7 @@ def test_slow_senders(service: Service, jpegs: list[bytes]) -> None:
         assert not crowd.failed
         for one in waiting:
             one.result()
-    assert len(ended) == 60 and all(said == b"" or b" 408 " in said.split(b"\r\n")[0] for said in ended), ended[:2]
+    assert len(ended) == 150 and all(said == b"" or b" 408 " in said.split(b"\r\n")[0] for said in ended), ended[:2]
     for sender in senders:
         sender.close()
 

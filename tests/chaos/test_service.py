@@ -49,7 +49,7 @@ def service(rows: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> I
         yield service
 
 
-@pytest.mark.parametrize("victim", ["yolo", "paligemma", "Door"])
+@pytest.mark.parametrize("victim", ["yolo", "paligemma", "Gateway"])
 def test_killed_replicas(service: Service, jpegs: list[bytes], victim: str) -> None:
     """Only what it was working on fails, with 503 and a sentence; and the service is whole again by itself.
 
@@ -87,7 +87,7 @@ def test_metrics(service: Service, jpegs: list[bytes]) -> None:
 def test_an_update_under_load(service: Service, jpegs: list[bytes]) -> None:
     """All three deployments are replaced, and nobody notices."""
     service.wait_until_running()
-    names = ("yolo", "paligemma", "Door")
+    names = ("yolo", "paligemma", "Gateway")
     before = {process.pid for name in names for process in service.replicas(name)}
 
     def ask(client: httpx.Client, number: int) -> httpx.Response:
