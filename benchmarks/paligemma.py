@@ -41,7 +41,7 @@ LIMITS: dict[str, Any] = {
 
 
 def engine(folder: str, out: str, model: str) -> float:
-    from shardsight.models.paligemma.engine import PaliGemma
+    from shardsight.models.paligemma.model import PaliGemma
     from shardsight.models.paligemma.prompts import Prompt
 
     asked, prompt = PaliGemma(model, max_tokens=TOKENS, precision="fp32"), Prompt.of(PROMPT)

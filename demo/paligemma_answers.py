@@ -30,7 +30,7 @@ def prompts(scene: Scene, rng: np.random.Generator) -> Iterator[str]:
 
 def answers(folder: Path, scenes: Sequence[Scene], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """Greedy answers of the model in a folder by scene name, as records.ANSWER has them."""
-    from shardsight.models.paligemma.engine import PaliGemma  # vLLM, which takes seconds and changes its process
+    from shardsight.models.paligemma.model import PaliGemma  # vLLM, which takes seconds and changes its process
 
     model, rng = PaliGemma(str(folder), precision="fp32"), np.random.default_rng(seed)
     asked = []
@@ -40,6 +40,6 @@ def answers(folder: Path, scenes: Sequence[Scene], seed: int = 0) -> dict[str, l
     found: dict[str, list[dict[str, Any]]] = {scene.name: [] for scene in scenes}
     for scene, prompt, future in asked:
         height, width = scene.image.shape[:2]
-        found[scene.name].append(model.answer(prompt, future.result(), width, height))
+        found[scene.name].append(model.reader.row(prompt, future.result(), width, height))
     model.close()
     return found

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Sampling:
 
     max_tokens: int
     temperature: float = 0.0
-    top_p: float | None = None
+    top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
@@ -114,7 +114,7 @@ class PaliGemmaReplica(Replica):
     """A PaliGemma, whose engine adds each request to the batch that it is computing. arguments: of its class."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        from shardsight.models.paligemma.engine import PaliGemma
+        from shardsight.models.paligemma.model import PaliGemma
 
         self.model = PaliGemma(**arguments)
         self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
@@ -142,67 +142,41 @@ class PaliGemmaReplica(Replica):
         """What there is of one answer, after each token with `stream`, or at its end: `text`, and of all tokens so far
         `tokens` and `logprobs`. Raises ModelDied, Failure."""
         loop, generated = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        prompt = Prompt.of(text)
+        prompt, reader = Prompt.of(text), self.model.reader
 
         def put(one: Any) -> None:
             loop.call_soon_threadsafe(generated.put_nowait, one)
 
-        given = {"top_p": sampling.top_p, "seed": sampling.seed}
-        more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        partly = stream or bool(sampling.stop)  # to stop where the text says so
         future = self.model.ask(
-            frame, prompt, sampling.max_tokens, sampling.temperature, put if partly else None, **more
+            frame,
+            prompt,
+            sampling.max_tokens,
+            sampling.temperature,
+            put if stream else None,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=sampling.stop,
         )
         future.add_done_callback(lambda _: put(None))
-        answer = _Answer(self.model.vocabulary.decode, sampling.stop)
+        tokens: list[str] = []
+
+        def part(one: Any) -> dict[str, Any]:
+            tokens.extend(reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
+            so_far = {"text": reader.text(one), "tokens": tokens[: len(one.ids)], "logprobs": one.logprobs}
+            return so_far | {"finish_reason": None}
+
         try:
-            while (one := await generated.get()) is not None and not answer.stopped:
-                part = answer.part(one)
-                if stream and not answer.stopped:
-                    yield part
-            last = answer.last if answer.stopped else future.result()
-            self.tokens.inc(len(last.ids))
+            while (one := await generated.get()) is not None:
+                yield part(one)
+            whole = future.result()
+            self.tokens.inc(len(whole.ids))
             used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
-            reason = "stop" if answer.stopped else last.finish_reason
-            yield answer.part(last, whole=True) | {"finish_reason": reason, "prompt_tokens": used}
+            yield part(whole) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
         except ModelDied as error:
             self.failed = str(error)
             raise
         finally:
             future.cancel()
-
-
-class _Answer:
-    """An answer that grows, up to the first of the `stop` texts, which may be several tokens or a part of one."""
-
-    def __init__(self, decode: Any, stop: Sequence[str]) -> None:
-        self.decode, self.stop = decode, stop
-        self.tokens: list[str] = []
-        self.stopped = False
-        self.last: Any = None
-
-    def part(self, generated: Any, whole: bool = False) -> dict[str, Any]:
-        """What may be told of it. Until it is whole, what may become a stop text is held back."""
-        self.last = generated
-        self.tokens.extend(self.decode([token]) for token in generated.ids[len(self.tokens) :])
-        text, count = self.decode(generated.ids).strip(), len(generated.ids)
-        ends = [text.find(one) for one in self.stop if one in text]
-        self.stopped = bool(ends)
-        if self.stopped:
-            text = text[: min(ends)]
-            count = next(n for n in range(count + 1) if len(self.decode(generated.ids[:n]).lstrip()) >= len(text))
-        elif not whole:
-            text = text[: len(text) - _held_back(text, self.stop)]
-        logprobs = generated.logprobs[:count]
-        return {"text": text, "tokens": self.tokens[:count], "logprobs": logprobs, "finish_reason": None}
-
-
-def _held_back(text: str, stop: Sequence[str]) -> int:
-    """How many of its last characters begin a stop text."""
-    longest = max((len(one) for one in stop), default=1) - 1
-    return next(
-        (n for n in range(longest, 0, -1) if any(one.startswith(text[-n:]) for one in stop if text[n - 1 :])), 0
-    )
 
 
 class Gateway:

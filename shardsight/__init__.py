@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from shardsight.job import JobError as JobError
     from shardsight.job import annotate as annotate
     from shardsight.job import load_results as load_results
-    from shardsight.models.paligemma.engine import PaliGemma as PaliGemma
+    from shardsight.models.paligemma.model import PaliGemma as PaliGemma
     from shardsight.models.yolo.model import Yolo as Yolo
     from shardsight.pipeline import read as read
 
@@ -20,7 +20,7 @@ _WHERE = {
     "annotate": "shardsight.job",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
-    "PaliGemma": "shardsight.models.paligemma.engine",
+    "PaliGemma": "shardsight.models.paligemma.model",
     "UsageError": "shardsight.errors",
     "Yolo": "shardsight.models.yolo.model",
     "load_results": "shardsight.job",

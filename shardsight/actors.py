@@ -45,7 +45,7 @@ class Annotator:
 
             self.model: Any = Yolo(**stage.arguments, threads=stage.threads)
         else:
-            from shardsight.models.paligemma.engine import PaliGemma
+            from shardsight.models.paligemma.model import PaliGemma
 
             self.model = PaliGemma(**stage.arguments, threads=stage.threads, memory=gpu_memory(stage.gpus))
 

@@ -49,6 +49,7 @@ def ask(asked: list[Asked], folder: Path, stock: bool = False) -> list[Answered]
 def main(folder: Path) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from shardsight.models.paligemma.model import PaliGemma  # isort: split
     from shardsight.models.paligemma import engine
     from shardsight.models.paligemma.prompts import Prompt
 
@@ -67,13 +68,13 @@ def main(folder: Path) -> None:
     answered = []
     for one in asked:
         preempted = 0
-        free = engine.PaliGemma._free
+        free, fits = engine.Limits.free, engine.fits
         if one.little:
             engine.fits = lambda *_: None
-            engine.PaliGemma._free = lambda self: 0
+            engine.Limits.free = lambda self: 0
         # One thread: two wait for each other longer than such small models take.
-        model = engine.PaliGemma(str(one.model), precision="fp32", threads=1, **one.arguments)
-        engine.PaliGemma._free = free
+        model = PaliGemma(str(one.model), precision="fp32", threads=1, **one.arguments)
+        engine.Limits.free, engine.fits = free, fits
         if one.alone:
             results = [model.ask(frame, Prompt.of(prompt)).result() for frame, prompt in one.pairs]
         else:

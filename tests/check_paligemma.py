@@ -1,21 +1,28 @@
 """What has to see inside vLLM; test_paligemma.py runs it in a process of its own."""
 
+import io
 import pickle
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from vllm import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from shardsight.decode.frames import TABLE
 from shardsight.models.info import ModelDied, ModelError
-from shardsight.models.paligemma.engine import Generated, PaliGemma
+from shardsight.models.paligemma import prefix
+from shardsight.models.paligemma.answers import Generated
+from shardsight.models.paligemma.model import PaliGemma
 from shardsight.models.paligemma.prefix import Prefix, split, unsuited
 from shardsight.models.paligemma.prompts import Prompt
 from shardsight.row import Failure
@@ -28,6 +35,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make(tmp_path_factory.mktemp("models") / "second", "gemma2", seed=4)
     shutil.copy(WEIGHTS / "paligemma" / "vae-oid.npz", model)
     return model
+
+
+@pytest.fixture(scope="module")
+def started(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PaliGemma, list[str]]]:
+    """A model, and what its start has left in the temporary directory."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        model = PaliGemma(str(folder), ["caption en", "detect car ; dog"], max_tokens=12, precision="fp32", threads=1)
+        left = [path.name for path in temporary.iterdir()]
+    yield model, left
+    model.close()
+
+
+@pytest.fixture
+def model(started: tuple[PaliGemma, list[str]]) -> PaliGemma:
+    return started[0]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +72,8 @@ def test_batch_split(
     start = [0, *np.cumsum(tokens).tolist()]
     length = [before + count for before, count in zip(computed, tokens, strict=True)]
     parts = split(start, length, {n: [(0, prompt - 1)] for n, prompt in enumerate(prompts)})
-    assert list(zip(np.diff(parts.start).tolist(), parts.length, parts.causal, strict=True)) == expected
-    assert parts.start[-1] == start[-1]
+    assert [(part.end - part.start, part.length, part.causal) for part in parts] == expected
+    assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])] and parts[-1].end == start[-1]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +111,7 @@ RIGHT: dict[str, Any] = {
         ({}, None),
         ({"enable_chunked_prefill": True}, "enable_chunked_prefill"),
         ({"enable_prefix_caching": True}, "enable_prefix_caching"),
-        ({"max_model_len": 257}, "sliding window of 256"),
+        ({"max_model_len": 257}, None),  # longer than its sliding window, on a CPU
     ],
 )
 def test_configuration_refused(folder: Path, change: dict[str, Any], said: str | None) -> None:
@@ -102,7 +126,19 @@ def test_another_process_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "VLLM_ENABLE_V1_MULTIPROCESSING=0" in (unsuited(config) or "")
 
 
-def test_table(folder: Path) -> None:
+def test_longer_than_the_window_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There vLLM would compute the prompt as causal, without a word."""
+    config = EngineArgs(model=str(folder), **(RIGHT | {"max_model_len": 257})).create_engine_config()
+    monkeypatch.setattr(prefix, "current_platform", Mock(is_cpu=lambda: False))
+    assert "sliding window of 256 tokens on this device" in (unsuited(config) or "")
+
+
+def test_nothing_left_behind(started: tuple[PaliGemma, list[str]]) -> None:
+    """Each start of vLLM left a file in the temporary directory: on a cluster that runs for months, thousands."""
+    assert started[1] == []
+
+
+def test_table(model: PaliGemma) -> None:
     """Rows in, the same rows out: answers to each prompt in its order; errors are passed on and made."""
     frames = pictures(3)
     rows: list[dict[str, Any]] = [
@@ -114,40 +150,93 @@ def test_table(folder: Path) -> None:
     table = pa.Table.from_arrays(
         [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE], schema=TABLE
     )
-    model = PaliGemma(str(folder), ["caption en", "detect car ; dog"], max_tokens=8, precision="fp32", threads=1)
     done = model(table).to_pylist()
     assert [row["id"] for row in done] == ["0", "broken", "1", "2"]
     assert done[1]["error"]["stage"] == "decode" and done[1]["answers"] is None
     for row, frame in zip([done[0], *done[2:]], frames, strict=True):
-        assert row["error"] is None and "frame" not in row
+        assert row["error"] is None and row["paligemma_clock_seconds"] > 0
         assert [answer["prompt"] for answer in row["answers"]] == ["caption en", "detect car ; dog"]
         for answer, prompt in zip(row["answers"], model.prompts, strict=True):
             alone = model.ask(frame, prompt).result()
-            assert answer["text"] == model.vocabulary.decode(alone.ids).strip()
+            assert answer["text"] == model.reader.vocabulary.decode(alone.ids).strip()
             assert answer["finish_reason"] in ("stop", "length")
             assert answer["score"] == pytest.approx(np.mean(alone.logprobs), abs=1e-4)
+    for row in model(table, ["caption en", "what is it? " * 400]).to_pylist():
+        assert row["answers"] is None
+        assert row["error"]["type"] == ("TruncatedImage" if row["id"] == "broken" else "PromptTooLong")
+        assert row["error"]["stage"] == ("decode" if row["id"] == "broken" else "paligemma")
+
+
+def test_pictures(model: PaliGemma) -> None:
+    """Arrays, Pillow's pictures and encoded bytes have the same answers; bytes that are no picture an error."""
+    frame = pictures(1)[0]
+    png = io.BytesIO()
+    Image.fromarray(frame).save(png, "PNG")
+    *rows, broken = model([frame, Image.fromarray(frame), png.getvalue(), b"no picture"], prompts=["ocr"])
+    alone = model.ask(frame, Prompt.of("ocr")).result()
+    assert {row["answers"][0]["text"] for row in rows} == {model.reader.text(alone)}
+    assert [row["width"] for row in rows] == [frame.shape[1]] * 3
+    assert broken["answers"] is None and broken["error"]["stage"] == "decode"
+    assert [answer["prompt"] for answer in model(frame)[0]["answers"]] == ["caption en", "detect car ; dog"]
+
+
+def test_boxes_and_masks(model: PaliGemma) -> None:
+    """An answer's locations and codes, in a picture's pixels."""
     said = "<loc0256><loc0512><loc0768><loc1023>" + "<seg007>" * 16 + " dog"
     ids = model.tokenizer.encode(said, add_special_tokens=False)
-    answer = model.answer(Prompt.of("segment car ; dog"), Generated(ids, [-0.5] * len(ids), "stop"), 640, 480)
+    answer = model.reader.row(Prompt.of("segment car ; dog"), Generated(ids, [-0.5] * len(ids), "stop"), 640, 480)
     (one,) = answer["detections"]
     assert answer["text"] == said and (one["label"], one["class_id"]) == ("dog", 1)
     assert one["score"] == pytest.approx(np.exp(-0.5))
     assert [one[side] for side in ("x1", "y1", "x2", "y2")] == pytest.approx([320.3, 120.1, 640, 360.4], abs=0.05)
     assert (one["mask"]["width"], one["mask"]["height"]) == (640, 480)
 
-    model.prompts = [Prompt.of("caption en"), Prompt.of("what is it? " * 400)]
-    for row in model(table).to_pylist():
-        assert row["answers"] is None
-        assert row["error"]["type"] == ("TruncatedImage" if row["id"] == "broken" else "PromptTooLong")
-        assert row["error"]["stage"] == ("decode" if row["id"] == "broken" else "paligemma")
-    model.close()
-    with pytest.raises(ModelDied):
-        model.ask(frames[0], Prompt.of("caption en")).result()
+
+def test_stop_texts(model: PaliGemma) -> None:
+    """The answer ends before a stop text, of which a stream shows nothing; one that never comes changes nothing."""
+    ended = 0
+    for frame in pictures(6, seed=5):
+        prompt = Prompt.of("describe en")
+        whole = model.ask(frame, prompt).result()
+        text = model.reader.vocabulary.decode(whole.ids)
+        heard: list[Generated] = []
+        stop = [text[-3:], "never said"]
+        cut = model.ask(frame, prompt, listener=heard.append, stop=stop).result()
+        assert cut.text == text[: text.index(stop[0])] and cut.finish_reason == "stop"
+        assert all(cut.text.startswith(one.text or "") and len(one.ids) <= len(cut.ids) for one in heard)
+        assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.logprobs) == len(cut.ids)
+        assert model.reader.vocabulary.decode(cut.ids).startswith(cut.text)
+        ended += len(cut.ids) < len(whole.ids)
+        other = model.ask(frame, prompt, stop=["never said"]).result()
+        assert (other.ids, other.finish_reason, other.text) == (whole.ids, whole.finish_reason, text)
+    assert ended
+
+
+def test_seed(model: PaliGemma) -> None:
+    """The same seed draws the same answer, alone and among others; another seed another; top_p 0 the likeliest."""
+    frames, prompt = pictures(4, seed=6), Prompt.of("describe en")
+
+    def drawn(seed: int | None, top_p: float = 1.0) -> list[list[int]]:
+        asked = [model.ask(frame, prompt, temperature=1.0, seed=seed, top_p=top_p) for frame in frames]
+        return [one.result().ids for one in asked]
+
+    for seed in (7, -1):
+        alone = [model.ask(frame, prompt, temperature=1.0, seed=seed).result().ids for frame in frames]
+        assert drawn(seed) == alone
+    assert drawn(7) != drawn(8) and drawn(None) != drawn(None)
+    assert drawn(None, top_p=0) == [model.ask(frame, prompt).result().ids for frame in frames]
 
 
 def test_model_refused(folder: Path, tmp_path: Path) -> None:
     """One sentence, before an engine starts."""
-    with pytest.raises(ModelError, match="no room for a prompt and 250"):
-        PaliGemma(str(folder), max_tokens=250)
+    with pytest.raises(ModelError, match="leaves too few for a prompt and 500 of an answer"):
+        PaliGemma(str(folder), max_tokens=500)
     with pytest.raises(ModelError, match="is no LoRA adapter"):
         PaliGemma(str(folder), max_tokens=8, adapter=str(tmp_path))
+
+
+def test_closed(model: PaliGemma) -> None:
+    """Who asks an engine that has ended is told so, rather than left waiting; last here, as it ends the shared one."""
+    model.close()
+    with pytest.raises(ModelDied):
+        model.ask(pictures(1)[0], Prompt.of("caption en")).result()

@@ -1,6 +1,7 @@
 """PaliGemmas of random weights: the true architecture, small, with answers that vary with picture and prompt."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def as_published(folder: Path) -> Path:
     """Rename the weights to the layout of Google's own uploads, which transformers before 4.52 wrote."""
     weights = load_file(folder / "model.safetensors")
     save_file({original_name(name): weight for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def with_head(folder: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """Store an output layer, made of the embedding and scaled like it, with the weights."""
+    weights = load_file(folder / "model.safetensors")
+    [embedding] = [weight for name, weight in weights.items() if name.endswith("embed_tokens.weight")]
+    made = head(embedding)
+    save_file(weights | {"lm_head.weight": made * (embedding.std() / made.std())}, folder / "model.safetensors")
     return folder
 
 

@@ -1,26 +1,29 @@
 """PaliGemma's tokens are Hugging Face's, whatever shares the engine with them."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from demo.run import PROMPTS as DEMO_PROMPTS
 from demo.scenes import scenes
 from demo.writers import jpeg
 from shardsight.decode.pictures import decode
 from shardsight.models.info import ModelError
-from shardsight.models.paligemma.info import fits, inspect
+from shardsight.models.paligemma.info import fits, inspect, request_length
 from tests.ask_paligemma import ROOT, Answered, Asked, ask
 from tests.conftest import WEIGHTS
-from tests.small_paligemma import IMAGE_SIZE, PROMPTS, Reference, adapter, as_published, make, pictures
+from tests.small_paligemma import IMAGE_SIZE, PROMPTS, Reference, adapter, as_published, make, pictures, with_head
 
 TOKENS, LONG = 16, 120  # of an answer; LONG takes more of vLLM's blocks than its prompt does
 SHAPES = [
@@ -72,6 +75,51 @@ def test_same_tokens_as_hugging_face(tmp_path: Path) -> None:
     same(without, Reference(second), pairs)
     assert again.preempted > 0
     same(again, Reference(endless), long, LONG)
+
+
+def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
+    """Of PaliGemma 2 at 896 pixels, whose picture alone fills Gemma 2's window of 4,096 tokens; and of small ones whose
+    window ends within the picture, within the prompt (with a LoRA), and within the answer, preempted too."""
+    large = make(
+        tmp_path / "large", "gemma2", seed=6, size=896, num_hidden_layers=2, sliding_window=4096,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    picture = make(tmp_path / "picture", "gemma2", seed=4, sliding_window=8)
+    prompt = make(tmp_path / "prompt", "gemma2", seed=7, sliding_window=20)
+    answer = make(tmp_path / "answer", "gemma2", seed=5, ends=False, sliding_window=60)
+    lora = adapter(prompt, tmp_path / "lora")
+    pairs, long = pairs_of(1), pairs_of(1)[:5]
+    limits = {"max_tokens": TOKENS, "batch_size": 4}
+    runs = [
+        Asked(large, pairs[:3], limits | {"prompt_tokens": 60}),
+        Asked(picture, pairs, limits),
+        Asked(prompt, pairs, limits | {"adapter": str(lora)}),
+        Asked(answer, long, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
+    ]
+    at_896, in_picture, in_prompt, in_answer = ask(runs, tmp_path)
+    same(at_896, Reference(large), pairs[:3])
+    same(in_picture, Reference(picture), pairs)
+    same(in_prompt, Reference(prompt, lora), pairs)
+    assert in_answer.preempted > 0
+    same(in_answer, Reference(answer), long, LONG)
+
+
+def test_same_tokens_with_an_output_layer_of_its_own(tmp_path: Path) -> None:
+    """Weights with an lm_head that is not the embedding, said so in config.json or not; or that is, as some trainers
+    save it."""
+    first = with_head(make(tmp_path / "first", "gemma", seed=8), torch.randn_like)
+    second = with_head(make(tmp_path / "second", "gemma2", seed=9), torch.randn_like)
+    _edit("config.json", lambda config: config.update(tie_word_embeddings=False))(second)
+    copied = with_head(make(tmp_path / "copied", "gemma2", seed=4), torch.clone)
+    lora = adapter(second, tmp_path / "lora")
+    pairs, limits = pairs_of(1), {"max_tokens": TOKENS, "batch_size": 4}
+    runs = [Asked(model, pairs, limits) for model in (first, second, copied)]
+    runs.append(Asked(second, pairs, limits | {"adapter": str(lora)}))
+    answered = ask(runs, tmp_path)
+    for one, reference in zip(
+        answered, [*map(Reference, (first, second, copied)), Reference(second, lora)], strict=True
+    ):
+        same(one, reference, pairs)
 
 
 @pytest.mark.slow
@@ -135,7 +183,7 @@ def test_inside_vllm() -> None:
 def test_refused_without_the_plugin(tmp_path: Path) -> None:
     """vLLM only logs that it could not load a plugin; the answers would be wrong."""
     model = make(tmp_path / "model")
-    code = f"from shardsight.models.paligemma.engine import PaliGemma; PaliGemma({str(model)!r}, max_tokens=8)"
+    code = f"from shardsight.models.paligemma.model import PaliGemma; PaliGemma({str(model)!r}, max_tokens=8)"
     environment = os.environ | {"VLLM_PLUGINS": "none"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "vLLM did not load shardsight's plugin" in done.stderr
@@ -145,7 +193,7 @@ def test_known_before_it_is_loaded(tmp_path: Path) -> None:
     """What job.json says of a model and the driver checks; of both layouts of weights."""
     model = make(tmp_path / "model", "gemma2", seed=1)
     info = inspect(str(model))
-    assert info.input.size == IMAGE_SIZE and info.image_tokens == 16 and info.length == 256
+    assert (info.input.size, info.image_tokens, info.length, info.window) == (IMAGE_SIZE, 16, 512, 256)
     assert info.kv_values == 2 * 3 * 1 * 32 and len(info.sha256) == 64
     assert info.parameters == sum(weight.numel() for weight in Reference(model).model.parameters())
     fits(info, "bf16", available=10 * info.parameters, tokens=256)
@@ -154,6 +202,45 @@ def test_known_before_it_is_loaded(tmp_path: Path) -> None:
     fits(info, "fp32", available=4 * info.parameters, tokens=256, devices=2)
     published = inspect(str(as_published(model)))
     assert published.parameters == info.parameters and published.sha256 != info.sha256
+
+
+def test_most_tokens_of_a_request(tmp_path: Path) -> None:
+    """PaliGemma 2 at 896 pixels runs on a CPU; on a GPU, where vLLM drops its mask, it is refused in a sentence."""
+    info = replace(inspect(str(make(tmp_path / "model", "gemma2"))), image_tokens=4096, length=8192, window=4096)
+    assert request_length(info, prompt_tokens=256, max_tokens=256, cuda=False) == 4096 + 256 + 2 + 256
+    with pytest.raises(ModelError, match=r"takes 4096 tokens on a GPU, .* or run it on a CPU"):
+        request_length(info, prompt_tokens=256, max_tokens=256, cuda=True)
+    at_448 = replace(info, image_tokens=1024)
+    assert request_length(at_448, prompt_tokens=256, max_tokens=256, cuda=True) == 1024 + 256 + 2 + 256
+    assert request_length(at_448, prompt_tokens=256, max_tokens=3000, cuda=True) == 4096
+    with pytest.raises(ModelError, match=r"takes 8192 tokens, 4096 of them a picture's.* and 4094 of an answer"):
+        request_length(info, prompt_tokens=256, max_tokens=4094, cuda=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "vae-oid.npz", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    ],
+)
+def test_all_that_decides_the_answers_is_hashed(name: str, tmp_path: Path) -> None:
+    """A tokenizer or adapter replaced at the same path would mix two models' answers in one output."""
+    model = make(tmp_path / "model")
+    shutil.copy(WEIGHTS / "paligemma" / "vae-oid.npz", model)
+    lora = adapter(model, tmp_path / "lora")
+    before = inspect(str(model), adapter=str(lora))
+    (model / "figures.json").write_text("{}")  # decides nothing
+    assert inspect(str(model), adapter=str(lora)).files == before.files
+    assert before.sha256 == hashlib.sha256(bytes.fromhex(before.files["model.safetensors"])).hexdigest()
+    file = lora / name.removeprefix("adapter/") if name.startswith("adapter/") else model / name
+    data = bytearray(file.read_bytes())
+    data[-2:] = b" }" if name.endswith(".json") else bytes([data[-2] ^ 1, data[-1]])
+    file.write_bytes(data)
+    after = inspect(str(model), adapter=str(lora)).files
+    assert {key for key in before.files if after[key] != before.files[key]} == {
+        name
+    } and after.keys() == before.files.keys()
 
 
 def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -173,6 +260,7 @@ def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as a PaliGemma"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no .*safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be read as a PaliGemma"),
+        (_edit("config.json", lambda config: config.update(tie_word_embeddings=False)), r"lack lm_head\.weight"),
         (_edit("config.json", lambda config: config.update(model_type="gemma")), "is a gemma, not a PaliGemma"),
         (_edit("config.json", lambda config: config["vision_config"].update(image_size=224)), "its model sees 224"),
     ],

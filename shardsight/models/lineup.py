@@ -22,7 +22,7 @@ def known(settings: Models) -> Lineup:
         models["yolo"] = yolo.inspect(settings.yolo, settings.imgsz)
     resolutions: dict[int, PaliGemmaInfo] = {}
     for path in settings.paligemma:
-        info = paligemma.inspect(path, settings.revision)
+        info = paligemma.inspect(path, settings.revision, settings.adapter)
         size = info.input.size
         if size in resolutions:
             raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
@@ -44,10 +44,9 @@ def arguments(models: Lineup, settings: Models) -> dict[str, dict[str, Any]]:
     sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
     for name, model in models.items():
         if isinstance(model, PaliGemmaInfo):
-            route = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
-            own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
-            own |= {"prompts": settings.prompt, "regions": settings.on == "regions"}
-            own |= {"model": model.path, "route": route if len(sizes) > 1 else None}
+            own = paligemma.arguments(settings, model)
+            if len(sizes) > 1:
+                own["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
         else:
             own = yolo.arguments(settings, model)
         found[name] = own

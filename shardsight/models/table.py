@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counted = self.now()
+        # Of clock and CPU, the spans that are counted, apart from each other and the latest last. A thousand are kept:
+        # no call overlaps more that ended before it.
+        self._counted = deque[tuple[float, float]](maxlen=1000), deque[tuple[float, float]](maxlen=1000)
 
     @staticmethod
     def now() -> tuple[float, float]:
@@ -33,12 +36,21 @@ class Stopwatch:
         return time.perf_counter(), time.process_time()
 
     def since(self, start: tuple[float, float]) -> tuple[float, float]:
-        """Seconds (clock, CPU) from `start` until now, without what an earlier call of `since` has counted."""
+        """Seconds (clock, CPU) from `start` until now, without those that were counted for another call."""
         with self._lock:
-            now = self.now()
-            clock, cpu = (now[i] - max(start[i], self._counted[i]) for i in range(2))
-            self._counted = now
+            clock, cpu = map(_count, self._counted, start, self.now())
         return clock, cpu
+
+
+def _count(spans: deque[tuple[float, float]], start: float, end: float) -> float:
+    """What of start … end is not yet in the spans, none of which ends later; adds it to them."""
+    seconds = end - start
+    while spans and spans[-1][1] > start:
+        first, last = spans.pop()
+        seconds -= last - max(first, start)
+        start = min(first, start)
+    spans.append((start, end))
+    return seconds
 
 
 def with_results(
@@ -80,7 +92,7 @@ def from_pictures(pictures: Picture | Sequence[Picture], input: Input) -> pa.Tab
     return pa.Table.from_arrays(columns, schema=_SCHEMA)
 
 
-def to_dicts(table: pa.Table) -> list[dict[str, Any]]:
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
     """A table after its models → its rows as dicts with the columns of ROW."""
     return table.select(ROW.names).to_pylist()
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +13,25 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError
+from shardsight.settings import Models
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.npz"]  # of a repository that are asked for
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM has kernels for
+# What decides a model's answers, besides `*.safetensors`. generation_config.json names the tokens that end an answer.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vae-oid.npz",
+)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -34,11 +50,21 @@ class Square:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA as peft saves it. rank: that vLLM is told. everywhere: it changes more than the language model."""
+
+    path: str
+    rank: int
+    everywhere: bool
+
+
+@dataclass(frozen=True)
 class PaliGemmaInfo:
     """input: what frames become for it. vocabulary: number of tokens. image_tokens: that a picture takes.
 
     parameters: their number. kv_values: numbers that are kept of each token while a request runs. length: most tokens
-    of a request, which must not outgrow Gemma 2's sliding window. sha256: of the weights' files.
+    of a request. window: how many a token sees in Gemma 2's layers with a sliding window, or None. files: name → sha256
+    of all that decides the answers, the adapter's as `adapter/NAME`. sha256: of the weights' files.
     """
 
     path: str
@@ -48,6 +74,9 @@ class PaliGemmaInfo:
     parameters: int
     kv_values: int
     length: int
+    window: int | None
+    adapter: Adapter | None
+    files: dict[str, str]
     sha256: str
 
 
@@ -62,20 +91,32 @@ def locate(model: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        return str(snapshot_download(model, revision=revision, allow_patterns=[*_FILES, "*.safetensors"]))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"there is no folder {model}, and the hub does not give it: {first}") from error
 
 
-def inspect(model: str, revision: str | None = None) -> PaliGemmaInfo:
-    """What a PaliGemma is, from its folder's JSON and the heads of its weights. Raises ModelError."""
-    path = Path(locate(model, revision))
-    return _inspect(str(path), max((file.stat().st_mtime_ns for file in path.iterdir()), default=0))
+def inspect(model: str, revision: str | None = None, adapter: str | None = None) -> PaliGemmaInfo:
+    """What a PaliGemma is, from its folder's JSON and the heads of its weights. adapter: folder of a LoRA.
+
+    Raises ModelError.
+    """
+    folder = locate(model, revision)
+    if adapter and not Path(adapter).is_dir():
+        raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
+    files = sorted(file for part in (folder, adapter) if part for file in Path(part).iterdir() if file.is_file())
+    return _inspect(folder, adapter, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
+    """What the class PaliGemma is started with."""
+    own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
+    return own | {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
 
 
 @lru_cache
-def _inspect(folder: str, changed: int) -> PaliGemmaInfo:
+def _inspect(folder: str, adapter: str | None, state: tuple[Any, ...]) -> PaliGemmaInfo:
     """Once for each state of the files: hashing gigabytes takes a while."""
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -93,10 +134,11 @@ def _inspect(folder: str, changed: int) -> PaliGemmaInfo:
         head = text.get("head_dim", 256)
         kv_heads = text.get("num_key_value_heads", 4 if second else 1)
         layers = text.get("num_hidden_layers", 26 if second else 18)
-        window = text.get("sliding_window", 4096 if second else None)
         weights = sorted(path.glob("*.safetensors"))
         if not weights:
             raise ModelError(f"{folder} holds no *.safetensors: save its weights in that format")
+        _check_layers(path, config, weights)
+        files = {file.name: _sha256(file) for file in [*weights, *(path / name for name in _FILES)] if file.is_file()}
         return PaliGemmaInfo(
             path=folder,
             input=Square(size),
@@ -104,11 +146,45 @@ def _inspect(folder: str, changed: int) -> PaliGemmaInfo:
             image_tokens=(size // int(vision.get("patch_size", 14))) ** 2,
             parameters=sum(math.prod(shape) for file in weights for shape in shapes(file).values()),
             kv_values=2 * layers * kv_heads * head,
-            length=min(int(text.get("max_position_embeddings", 8192)), window or 8192),
-            sha256=_sha256(weights),
+            length=int(text.get("max_position_embeddings", 8192)),
+            window=text.get("sliding_window", 4096 if second else None),
+            adapter=_adapter(adapter) if adapter else None,
+            files=files | {f"adapter/{name}": _sha256(Path(adapter, name)) for name in _ADAPTER if adapter},
+            sha256=hashlib.sha256(b"".join(bytes.fromhex(files[file.name]) for file in weights)).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{folder} cannot be read as a PaliGemma: {type(error).__name__}: {error}") from error
+
+
+def _adapter(folder: str) -> Adapter:
+    path = Path(folder)
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        names = list(shapes(path / "adapter_model.safetensors"))
+        rank = next(rank for rank in RANKS if rank >= int(config["r"]))
+    except (OSError, ValueError, KeyError, StopIteration, struct.error) as error:
+        raise ModelError(
+            f"{folder} is no LoRA adapter: expected adapter_config.json with r up to {RANKS[-1]} and "
+            f"adapter_model.safetensors ({type(error).__name__}: {error})"
+        ) from error
+    if config.get("modules_to_save"):
+        raise ModelError(
+            f"{folder} replaces whole modules ({config['modules_to_save']}): merge it into the model first"
+        )
+    everywhere = any("vision_tower" in name or "multi_modal_projector" in name for name in names)
+    return Adapter(str(path.resolve()), rank, everywhere)
+
+
+def _check_layers(path: Path, config: dict[str, Any], weights: Sequence[Path]) -> None:
+    """Raises ModelError where the embedding, or an output layer that config.json says is another, is not stored."""
+    names = [name for file in weights for name in shapes(file)]
+    tied = config.get("tie_word_embeddings", True)
+    for layer in ("embed_tokens",) if tied else ("embed_tokens", "lm_head"):
+        if not any(name.endswith(f"{layer}.weight") for name in names):
+            raise ModelError(
+                f"the weights in {path} lack {layer}.weight, and config.json says tie_word_embeddings: {tied}: "
+                "save the whole model again"
+            )
 
 
 def _size(path: Path, config: dict[str, Any]) -> int:
@@ -133,16 +209,30 @@ def shapes(file: Path) -> dict[str, list[int]]:
     return {name: tensor["shape"] for name, tensor in head.items() if name != "__metadata__"}
 
 
-def _sha256(files: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cuda: bool) -> int:
+    """Most tokens of a request: picture, start token, prompt with its newline, and answer.
+
+    Raises ModelError where not even a prompt of one token fits.
+    """
+    limit, why = info.length, ""
+    if cuda and info.window is not None and info.window < limit:
+        limit, why = info.window, " on a GPU, where Gemma 2's sliding window limits a request"
+    if limit < info.image_tokens + 3 + max_tokens:
+        raise ModelError(
+            f"{info.path} takes {limit} tokens{why}, {info.image_tokens} of them a picture's, which leaves too few for "
+            f"a prompt and {max_tokens} of an answer: ask for fewer, or take a lower resolution"
+            + (", or run it on a CPU" if why else "")
+        )
+    return min(info.image_tokens + prompt_tokens + 2 + max_tokens, limit)
 
 
 def fits(info: PaliGemmaInfo, precision: str, available: int, tokens: int, devices: int = 1) -> None:
-    """Whether weights and one request of so many tokens have room on each device. Raises ModelError.
+    """Whether weights and one request of so many tokens fit the memory of each device. Raises ModelError.
 
     available: bytes of a device. A tenth of the weights is added for what is computed in between.
     """

@@ -4,25 +4,47 @@ The mask (Hugging Face's modeling_paligemma.py, big_vision's `make_attn_mask`): 
 all of both; a generated token sees what stands before it. vLLM's runners, of both generations, ask a request's picture
 which positions attend in both directions (`PlaceholderRange.extract_embeds_range`), and the attention of CUDA follows.
 So the picture is made to answer with the whole prompt, and the attention of the CPU, which does not ask, is taught to.
+
+Every other layer of Gemma 2 has a sliding window of W tokens, which a picture of 896 pixels fills:
+
+- transformers 5.16.1 (masking_utils.py, `create_sliding_window_causal_mask`): (causal and within the window) or both in
+  the prompt. So tokens of picture and prompt see all of both, however far apart; a generated token sees itself and the
+  W - 1 tokens before it, of the prompt too.
+- vLLM's CPU kernel (`cpu_attention_with_kv_cache`) has one window a call, for a causal request the same as above, for
+  one that is not causal in both directions: |query - key| < W. So a batch with a prompt longer than W takes two calls,
+  the prompts' without a window.
+- vLLM's runner of the CPU (gpu_model_runner.py) leaves out ranges longer than W, unless the model says that its
+  attention deals with them (`mm_prefix_clamp_sliding_window`). On CUDA the default runner
+  (worker/gpu/attn_utils.py, `compute_mm_prefix_ranges`) always leaves them out, which makes such a prompt causal;
+  therefore requests longer than W are refused there.
 """
 
+import copy
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import vllm
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalInput
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models import paligemma
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadata, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 VERSION = "0.29.0"
@@ -64,6 +86,8 @@ class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
             re.compile(r"^lm_head\."): "language_model.lm_head.",
         }
     )
+    # vLLM's runner asks for it by this name before it passes on a range longer than the sliding window.
+    mm_prefix_clamp_sliding_window = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         reason = unsuited(vllm_config)
@@ -72,6 +96,16 @@ class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Hugging Face's PaliGemma leaves Gemma 2's cap of the last logits out: the same tokens, by other probabilities.
         self.language_model.logits_processor.soft_cap = None
+        text = self.config.text_config
+        if text.model_type == "gemma2" and not self.config.tie_word_embeddings:
+            # vLLM's Gemma 2 takes its embedding for its output layer, whatever the weights hold; its Gemma does not.
+            name = maybe_prefix(prefix, "language_model.lm_head")
+            self.language_model.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=name)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        language = self.language_model
+        head = getattr(language, "lm_head", language.model.embed_tokens)
+        return language.logits_processor(head, hidden_states)
 
 
 def unsuited(config: VllmConfig) -> str | None:
@@ -88,8 +122,11 @@ def unsuited(config: VllmConfig) -> str | None:
     if config.cache_config.enable_prefix_caching:
         return "what is kept of a picture depends on the prompt after it; set enable_prefix_caching=False"
     window = getattr(config.model_config.hf_text_config, "sliding_window", None)
-    if window is not None and window < length:
-        return f"its sliding window of {window} tokens is shorter than max_model_len, {length}; set that to {window}"
+    if window is not None and window < length and not current_platform.is_cpu():
+        return (
+            f"vLLM {VERSION} drops the mask of requests longer than the sliding window of {window} tokens on this "
+            f"device; set max_model_len, {length}, to {window}, or use a CPU"
+        )
     if config.speculative_config is not None:
         return "drafted tokens have no mask of their own; leave speculative_config out"
     if current_platform.is_cpu() and AttentionBackendEnum.CPU_ATTN.get_class() is not CPUPrefixBackend:
@@ -98,33 +135,27 @@ def unsuited(config: VllmConfig) -> str | None:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A batch for a kernel that knows only whole requests as causal or not: a request may become two.
+class Part:
+    """Tokens of one request in a batch, from `start` to before `end`, that are all causal or all not.
 
-    request: which one each part is of. start: of each part's tokens, and the end. length: how many tokens each part
-    sees. causal: how.
+    request: which one. length: how many tokens, from the request's first, the last of them sees.
     """
 
-    request: list[int]
-    start: list[int]
-    length: list[int]
-    causal: list[bool]
+    request: int
+    start: int
+    end: int
+    length: int
+    causal: bool
 
 
-def split(start: Sequence[int], length: Sequence[int], ranges: Ranges) -> Split:
+def split(start: Sequence[int], length: Sequence[int], ranges: Ranges) -> list[Part]:
     """Prompts apart from what was generated after them, which a request computes again once it was preempted.
 
+    The kernel knows only whole requests as causal or not, so that a request may become two parts, in their order.
     start: of each request's tokens in the batch, and the end. length: of each request, with what is computed already.
     Raises RuntimeError where a prompt is not whole, or its length did not arrive.
     """
-    made = Split([], [start[0]], [], [])
-
-    def part(request: int, end: int, length: int, causal: bool) -> None:
-        made.request.append(request)
-        made.start.append(end)
-        made.length.append(length)
-        made.causal.append(causal)
-
+    parts: list[Part] = []
     for request, total in enumerate(length):
         first, last = start[request], start[request + 1]
         computed = total - (last - first)
@@ -133,14 +164,39 @@ def split(start: Sequence[int], length: Sequence[int], ranges: Ranges) -> Split:
             raise RuntimeError(f"a prompt's length did not reach the attention: its ranges are {list(found)}")
         prompt = found[0][1] + 1
         if computed >= prompt:
-            part(request, last, total, True)
+            parts.append(Part(request, first, last, total, True))
             continue
         if computed or total < prompt:
             raise RuntimeError(f"of a prompt of {prompt} tokens, those from {computed} to {total} came alone")
-        part(request, first + prompt, prompt, False)
+        parts.append(Part(request, first, first + prompt, prompt, False))
         if total > prompt:
-            part(request, last, total, True)
-    return made
+            parts.append(Part(request, first + prompt, last, total, True))
+    return parts
+
+
+@dataclass
+class WindowedMetadata(CPUAttentionMetadata):
+    """Of a batch with a prompt longer than the sliding window.
+
+    calls: of the layers with a window, one for the prompts and one for what was generated: its tokens of the batch,
+    and their metadata.
+    """
+
+    calls: Sequence[tuple[torch.Tensor, CPUAttentionMetadata]] = ()
+
+
+def _part_of(common: CommonAttentionMetadata, parts: Sequence[Part], causal: Any) -> CommonAttentionMetadata:
+    """The batch as if each of the parts was a request. causal: of all, or a tensor of each."""
+    start = list(itertools.accumulate((part.end - part.start for part in parts), initial=0))
+    return replace(
+        common,
+        num_reqs=len(parts),
+        num_actual_tokens=start[-1],
+        query_start_loc=common.query_start_loc.new_tensor(start),
+        seq_lens=common.seq_lens.new_tensor([part.length for part in parts]),
+        block_table_tensor=common.block_table_tensor[[part.request for part in parts]],
+        causal=causal,
+    )
 
 
 class CPUPrefixBuilder(CPUAttentionMetadataBuilder):
@@ -149,20 +205,59 @@ class CPUPrefixBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         common = common_attn_metadata
         # Of other models in this process nothing changes, nor of the vision tower, which has no requests.
-        if self.vllm_config.model_config.hf_config.model_type == "paligemma" and common.mm_req_doc_ranges is not None:
-            parts = split(common.query_start_loc.tolist(), common.seq_lens.tolist(), common.mm_req_doc_ranges)
-            common = replace(
-                common,
-                num_reqs=len(parts.request),
-                query_start_loc=common.query_start_loc.new_tensor(parts.start),
-                seq_lens=common.seq_lens.new_tensor(parts.length),
-                block_table_tensor=common.block_table_tensor[parts.request],
-                causal=torch.tensor(parts.causal),
-            )
-        return super().build(common_prefix_len, common, fast_build)
+        if self.vllm_config.model_config.hf_config.model_type != "paligemma" or common.mm_req_doc_ranges is None:
+            return super().build(common_prefix_len, common, fast_build)
+        parts = split(common.query_start_loc.tolist(), common.seq_lens.tolist(), common.mm_req_doc_ranges)
+        causal = torch.tensor([part.causal for part in parts])
+        made = super().build(0, _part_of(common, parts, causal))
+        window = getattr(self.kv_cache_spec, "sliding_window", None)
+        if window is None or all(part.causal or part.length <= window for part in parts):
+            return made
+        prompts, generated = ([part for part in parts if part.causal is each] for each in (False, True))
+        calls = [self._call(common, prompts, -1)]
+        if generated:
+            calls.append(self._call(common, generated, self.window_size))
+        return WindowedMetadata(**vars(made), calls=calls)
+
+    def _call(
+        self, common: CommonAttentionMetadata, parts: Sequence[Part], window: int
+    ) -> tuple[torch.Tensor, CPUAttentionMetadata]:
+        builder = copy.copy(self)
+        builder.window_size = window
+        metadata = CPUAttentionMetadataBuilder.build(builder, 0, _part_of(common, parts, parts[0].causal))
+        return torch.cat([torch.arange(part.start, part.end) for part in parts]), metadata
+
+
+class CPUPrefixImpl(CPUAttentionBackendImpl):
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scales = output_scale, output_block_scale
+        if self.sliding_window < 0 or not isinstance(attn_metadata, WindowedMetadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        unlimited = copy.copy(self)
+        unlimited.sliding_window = -1
+        for tokens, metadata in attn_metadata.calls:
+            one = self if metadata.causal else unlimited
+            out = torch.empty_like(output[tokens])
+            output[tokens] = one.forward(layer, query[tokens], key, value, kv_cache, metadata, out, *scales)
+        return output
 
 
 class CPUPrefixBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         return CPUPrefixBuilder
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return CPUPrefixImpl

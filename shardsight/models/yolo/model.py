@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from shardsight.models.info import ModelDied, ModelError, computes_bf16
-from shardsight.models.table import Picture, Stopwatch, from_pictures, to_dicts, with_results
+from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.models.yolo.letterbox import Box, CentreCrop, Letterbox
 from shardsight.models.yolo.load import load
-from shardsight.models.yolo.rows import to_rows
+from shardsight.models.yolo.rows import rows_of
 from shardsight.row import Failure, frames_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Yolo:
         """
         if isinstance(pictures, pa.Table):
             return self._annotate(pictures)
-        return to_dicts(self._annotate(from_pictures(pictures, self.input)))
+        return to_rows(self._annotate(from_pictures(pictures, self.input)))
 
     def _annotate(self, table: pa.Table) -> pa.Table:
         began = self.stopwatch.now()
@@ -168,7 +168,7 @@ class Yolo:
             originals = [np.broadcast_to(np.uint8(0), (box.height, box.width, 3)) for box in boxes]
             self.predictor.batch = [""] * len(frames), None, None
             results = self.predictor.postprocess(outputs, batch, originals)
-        return [to_rows(result, self.names, box) for result, box in zip(results, boxes, strict=True)]
+        return [rows_of(result, self.names, box) for result, box in zip(results, boxes, strict=True)]
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:

@@ -13,7 +13,7 @@ from shardsight.models.yolo.ultralytics_import import Results
 _SIDES = ("x1", "y1", "x2", "y2")
 
 
-def to_rows(result: Results, names: dict[int, str], box: Box) -> list[dict[str, Any]]:
+def rows_of(result: Results, names: dict[int, str], box: Box) -> list[dict[str, Any]]:
     """One picture's result, in pixels of the original but for masks → its detections; of a classifier, classes.
 
     box: how the picture lies in the model's input, of which the masks are.
