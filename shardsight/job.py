@@ -221,7 +221,7 @@ class _Run:
     def _reason(self, error: BaseException) -> str:
         """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
         kind, said = _raised(error)
-        if isinstance(error, (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in ("Fault", "ModelError"):
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
         try:

@@ -140,6 +140,22 @@ def test_settings_that_change_no_row_do_not_refuse(
             run(settings(**asked, **{option: value}))
 
 
+def test_a_changed_file_of_a_model_is_noticed(folder: Path, one_ray: str, detector: Path) -> None:
+    """Weights are not all that decides a model's answers."""
+    out = folder.parent / "out"
+    asked = settings(inputs=[folder], output=out, yolo=detector, limit=1)
+    run(asked)
+    job = job_of(out)
+    assert job["models"]["yolo"]["files"]
+    job["models"]["yolo"]["files"]["tokenizer.json"] = "0" * 64
+    (out / "job.json").write_text(json.dumps(job))
+    with pytest.raises(shardsight.UsageError, match=r"yolo.s tokenizer\.json"):
+        run(asked)
+    job["models"]["yolo"]["files"] = {}  # as of 0.1.0, which knew weights only
+    (out / "job.json").write_text(json.dumps(job))
+    assert run(asked).exactly_once
+
+
 def test_the_library(folder: Path, one_ray: str, detector: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The lines of Python that a user of the wheel writes; nothing is printed."""
     job = shardsight.annotate(folder, output=folder.parent / "out", yolo=detector)
