@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from shardsight.object_stores import Changed, MissingObject, Rejected
 from shardsight.storage import Storage, StorageError, explain, is_remote
-from shardsight.stores import Changed, MissingObject, Rejected
 
 HEARTBEAT = 2.0  # seconds between the renewals of a lock in a store
 LIVES = 3  # heartbeats without a renewal, after which a run is taken for dead
