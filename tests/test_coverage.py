@@ -1,4 +1,4 @@
-"""Coverage, the evidence that every input is there once."""
+"""Coverage, the proof that every input is in the results once."""
 
 import base64
 import itertools
@@ -46,7 +46,7 @@ UNITS = st.lists(st.lists(st.sampled_from([1, 1, 1, 2, 3, 9]), min_size=1, max_s
 
 @given(st.data())
 def test_any_order_split_and_repetition_of_batches(data: st.DataObject) -> None:
-    """Rows arrive in any order, in files of any size, some twice, some never: what is missing is known exactly."""
+    """Rows arrive in any order, in files of any size, some twice, some never: it is known exactly which are missing."""
     units = data.draw(UNITS)
     everything = rows(units)
     chosen = data.draw(st.lists(st.sampled_from(everything), max_size=60))
@@ -74,7 +74,7 @@ def test_any_order_split_and_repetition_of_batches(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_places_of_a_files_rows_come_back(data: st.DataObject) -> None:
-    """A file whose failed rows are dropped is written anew: what is left of it must be told from its footer alone."""
+    """A file is rewritten without its failed rows: the places of the others must follow from its footer alone."""
     chosen = data.draw(st.sets(st.integers(0, 40)))
     everything = rows(data.draw(UNITS))
     kept = [row for number, row in enumerate(everything) if number in chosen]
@@ -94,7 +94,7 @@ def test_places_of_a_files_rows_come_back(data: st.DataObject) -> None:
 
 
 def test_a_changed_file_is_noticed() -> None:
-    """A picture that was replaced at its old path is done in another version; one of unknown version is not judged."""
+    """A picture that was replaced at the same path is run again; one of unknown version is not."""
     done = Coverage.of([place(None, n) | {"version": version} for n, version in enumerate(["1", "2", None])])
     ids = hashes([f"None#{n}@0" for n in range(4)])
     assert done.changed(ids, versions(["1", "3", "4", "5"])).tolist() == [False, True, False, False]
@@ -102,7 +102,7 @@ def test_a_changed_file_is_noticed() -> None:
 
 
 def test_footers_of_the_version_before() -> None:
-    """0.1.0 knew ranges of records and totals: jobs that it left go on."""
+    """0.1.0 wrote ranges of records, and totals: its unfinished jobs can be resumed."""
     old = {"units": {"a.tar": [[0, 2], [3, 5]]}, "totals": {"a.tar": 5}, "rows": 5, "errors": [["read", "X", 1]]}
     old["files"] = base64.b64encode(hashes(["b.jpg"]).tobytes()).decode()
     done = Coverage.loads(json.dumps(old).encode())
@@ -113,13 +113,13 @@ def test_footers_of_the_version_before() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 30)), max_size=12), st.integers(0, 40) | st.none())
-def test_hashes_is_a_set(batches: list[list[int]], room: int | None) -> None:
+def test_hashes_is_a_set(batches: list[list[int]], limit: int | None) -> None:
     known: set[int] = set()
     ours = Hashes()
     for batch in batches:
-        new = ours.add(hashes(map(str, batch)), None if room is None else room - len(known))
+        new = ours.add(hashes(map(str, batch)), None if limit is None else limit - len(known))
         for value, is_new in zip(batch, new, strict=True):
-            expected = value not in known and (room is None or len(known) < room)
+            expected = value not in known and (limit is None or len(known) < limit)
             assert bool(is_new) == expected
             if expected:
                 known.add(value)
@@ -130,7 +130,7 @@ def test_hashes_is_a_set(batches: list[list[int]], room: int | None) -> None:
 
 
 def test_hashes_that_end_in_zero_bytes_are_told_apart() -> None:
-    """numpy's byte strings drop trailing zeros; two hashes must not become one by it."""
+    """numpy's byte strings drop trailing zeros, which must not make two hashes equal."""
     first, second = b"a" * 15 + b"\0", b"a" * 14 + b"\0\0"
     array = np.frombuffer(first + second, "S16")
     assert len(np.unique(array)) == 2

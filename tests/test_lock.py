@@ -1,4 +1,4 @@
-"""One run at a time: two that want the same output, and one that was paused while another took over."""
+"""One run at a time: runs that want the same output, and a run that was paused while another took over."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def ask(run: subprocess.Popen[str]) -> str:
     return answer(run)
 
 
-def test_of_runs_that_start_together_one_gets_it(output: tuple[Storage, str]) -> None:
+def test_of_runs_that_start_together_one_gets_the_lock(output: tuple[Storage, str]) -> None:
     storage, out = output
     outcomes: list[str] = []
     together, release = threading.Barrier(3), threading.Event()
@@ -99,13 +99,13 @@ def test_of_runs_that_start_together_one_gets_it(output: tuple[Storage, str]) ->
         thread.join()
     assert sorted(outcomes) == ["busy", "busy", "in"]
     began = time.monotonic()
-    with lock(out, storage):  # what the others left is no run that lives
+    with lock(out, storage):  # what the others left behind does not count as a running job
         assert time.monotonic() - began < 60
     assert not storage.is_folder(f"{out}/lock")
 
 
 @pytest.mark.parametrize("output", ["rclone", "moto"], indirect=True)  # one of each kind of lock
-def test_a_killed_run_keeps_nobody_out(output: tuple[Storage, str]) -> None:
+def test_the_lock_of_a_killed_run_is_taken_over(output: tuple[Storage, str]) -> None:
     storage, out = output
     with running(storage, out) as run:
         with pytest.raises(Busy, match="another run is writing"), lock(out, storage):
@@ -117,8 +117,8 @@ def test_a_killed_run_keeps_nobody_out(output: tuple[Storage, str]) -> None:
 
 
 def test_a_paused_run_learns_that_it_lost_its_lock(output: tuple[Storage, str]) -> None:
-    """A laptop that slept, a machine that was moved: the run wakes up, and another has written in the meantime. What it
-    still wrote would be there twice, and its job.json would hide the other's."""
+    """When a laptop or a virtual machine was suspended, another run may have written in the meantime: rows would be
+    there twice, and job.json would be overwritten."""
     storage, out = output
     with running(storage, out) as run:
         assert ask(run) == "written"
@@ -135,8 +135,8 @@ def test_a_paused_run_learns_that_it_lost_its_lock(output: tuple[Storage, str]) 
 
 
 @pytest.mark.parametrize("output", ["rclone", "moto"], indirect=True)  # one of each kind of lock
-def test_a_pause_that_nobody_used_is_no_loss(output: tuple[Storage, str]) -> None:
-    """A run that slept alone goes on."""
+def test_a_paused_run_goes_on_if_no_other_started(output: tuple[Storage, str]) -> None:
+    """A suspended laptop must not end the only job that writes to an output."""
     storage, out = output
     with running(storage, out) as run:
         os.kill(run.pid, signal.SIGSTOP)
@@ -148,7 +148,7 @@ def test_a_pause_that_nobody_used_is_no_loss(output: tuple[Storage, str]) -> Non
 
 
 def test_everything_that_writes_checks_the_lock_first(output: tuple[Storage, str]) -> None:
-    """Write tasks run in other processes, on other machines, that have not slept."""
+    """Write tasks run in other processes, perhaps on other machines, that were not suspended with the run."""
     storage, out = output
     with Results(out, storage).locked() as results:
         results.write(rows([place("a", 0), place("a", 1)]), 100)

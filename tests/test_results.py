@@ -1,4 +1,4 @@
-"""The writer: whole files or none, each row once, one run at a time."""
+"""The writer: complete files or none, each row once."""
 
 import shutil
 import tempfile
@@ -45,8 +45,8 @@ def results(tmp_path: Path) -> Results:
     return results
 
 
-def test_a_repeated_write_replaces_itself(results: Results) -> None:
-    """Ray may run a write twice: the name follows from the content, so there is one file."""
+def test_a_repeated_write_replaces_the_first(results: Results) -> None:
+    """Ray may run a write twice: the name is a hash of the content, so there is one file."""
     part = table(("a", 1), ("a", 0), (None, 5), (None, 6))
     results.write(part, 100)
     results.write(part, 100)
@@ -55,8 +55,8 @@ def test_a_repeated_write_replaces_itself(results: Results) -> None:
     assert records(results.done()) == {"a": [(0, 2)]}
 
 
-def test_rows_that_overlap_otherwise_are_mended(results: Results) -> None:
-    """A retried batch that was cut elsewhere leaves rows twice: a restart leaves each once."""
+def test_rows_of_overlapping_files_are_kept_once(results: Results) -> None:
+    """A retried batch with other bounds leaves rows twice: after a restart each is there once."""
     results.write(table(*(("a", n) for n in range(6)), (None, 0), (None, 1)), 100)
     results.write(table(*(("a", n) for n in range(4, 9)), (None, 1), (None, 2)), 100)
     done = results.done()
@@ -73,9 +73,9 @@ def test_rows_twice_in_one_write(results: Results) -> None:
 @given(st.data())
 @settings(max_examples=40)
 def test_any_order_split_retry_and_loss_of_batches(data: st.DataObject) -> None:
-    """What Ray may do to batches, run after run: after restarts each position is there once, and none twice on the way.
+    """What Ray may do to batches, run after run: after restarts each place is there once, and at no time twice.
 
-    Each run does what the files before it lack; of its rows some are lost, some come twice, cut otherwise.
+    Each run does what the files before it lack; some of its rows are lost, some come twice, in other batches.
     """
     units = data.draw(st.lists(st.lists(st.sampled_from([1, 1, 2, 4]), min_size=1, max_size=5), max_size=3), "frames")
     everything = [
@@ -92,7 +92,7 @@ def test_any_order_split_retry_and_loss_of_batches(data: st.DataObject) -> None:
             done = results.done()
             assert done.rows == done.places == len(ids(results)) == len(set(ids(results)))
             left = [row for row in everything if not has(done, row)]
-            if run < 3:  # the last loses nothing
+            if run < 3:  # the last run loses nothing
                 left = data.draw(st.lists(st.sampled_from(left), max_size=2 * len(left)), "came") if left else []
             elif left:
                 left = data.draw(st.permutations(left), "came")
@@ -104,14 +104,14 @@ def test_any_order_split_retry_and_loss_of_batches(data: st.DataObject) -> None:
 
 
 def has(done: Coverage, row: dict[str, Any]) -> bool:
-    """Whether a row is there."""
+    """Whether a row is done."""
     if row["unit"] is None:
         return bool(done.has(hashes([row["id"]]))[0])
     unit, record = done.units.get(row["unit"], UnitCoverage()), row["record"]
     return unit.has(record) or any(a <= row["frame_number"] < b for a, b in unit.frames.get(record, []))
 
 
-def test_errors_are_dropped_with_their_evidence(results: Results) -> None:
+def test_failed_rows_are_dropped_with_their_evidence(results: Results) -> None:
     results.write(table(*(("b", n) for n in range(3)), *(("a", n) for n in range(10)), (None, 5), failed=(1, 5)), 100)
     results.write(table(("c", 1), total=2, failed=(1,)), 100)
     results.drop_errors()
@@ -129,7 +129,7 @@ def test_files_are_no_larger_than_asked(results: Results) -> None:
 
 
 def test_a_write_that_fails_leaves_nothing(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that lists the folder at the worst moment must see no half of a file."""
+    """A reader that lists the folder at any moment must not see a part of a file."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -147,7 +147,7 @@ def test_foreign_files_are_refused(results: Results) -> None:
 
 
 def test_changed_inputs_are_dropped_from_every_file(results: Results) -> None:
-    """A tar that was appended to is done again: its old rows must go, wherever they are, and nobody else's."""
+    """A tar that was appended to is run again: its old rows must be removed from every file, and no others."""
     video = [place("v", 0, True, frame, 3) for frame in range(3)]
     results.write(rows([place("a", 0), place("b", 0), *video[:2], place(None, 1), place(None, 2)]), 100)
     results.write(rows([place("a", 1, True), video[2], place(None, 3)]), 100)
@@ -162,7 +162,7 @@ def test_changed_inputs_are_dropped_from_every_file(results: Results) -> None:
 @given(st.data())
 @settings(max_examples=30)
 def test_what_is_dropped_is_missing_and_nothing_else(data: st.DataObject) -> None:
-    """Of units with records of many frames and loose files, in files cut anywhere: what is left is known exactly."""
+    """Units with records of many frames, and loose files, in files of any bounds: it is known exactly what is left."""
     lengths = data.draw(st.lists(st.lists(st.sampled_from([1, 1, 3]), min_size=1, max_size=3), max_size=3), "frames")
     everything = [
         place(f"u{unit}", record, record + 1 == len(records), frame, length) | {"version": f"{unit:016x}"}
@@ -189,7 +189,7 @@ def test_what_is_dropped_is_missing_and_nothing_else(data: st.DataObject) -> Non
         }
 
 
-def test_results_of_the_version_before_go_on(tmp_path: Path) -> None:
+def test_jobs_of_the_version_before_resume(tmp_path: Path) -> None:
     """Written by 0.1.0: records 0, 1 (failed), 3 and 4 of a tar's five, a whole tar, and a loose picture."""
     shutil.copytree(Path(__file__).parent / "data" / "version-0.1.0", tmp_path, dirs_exist_ok=True)
     results = Results(str(tmp_path), Storage())

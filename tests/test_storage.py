@@ -32,10 +32,13 @@ def store(request: pytest.FixtureRequest) -> tuple[Storage, str]:
     return request.getfixturevalue(request.param), f"{scheme}://bucket/{request.node.originalname}"
 
 
-def test_a_key_is_used_as_it_is_listed(store: tuple[Storage, str], moto: Storage) -> None:
-    """A key that looks like an address of a version, or is quoted wrongly, would give another picture's row."""
+def test_keys_are_used_as_they_are_listed(store: tuple[Storage, str], moto: Storage) -> None:
+    """A key that is parsed as a version's address, or quoted wrongly, would give the row of another picture."""
     storage, root = store
-    keys = [*ODD_KEYS, *(["double//slash", "tab\tx"] if storage is moto else [])]  # the others cannot keep such keys
+    keys = [
+        *ODD_KEYS,
+        *(["double//slash", "tab\tx"] if storage is moto else []),
+    ]  # the other servers cannot store such keys
     for key in keys:
         storage.write(f"{root}/{key}", key.encode())
     listed = list(storage.walk(root, hidden=True))
@@ -50,8 +53,8 @@ def test_a_key_is_used_as_it_is_listed(store: tuple[Storage, str], moto: Storage
     assert not storage.is_folder(root)
 
 
-def test_a_version_tells_that_an_object_was_written_again(store: tuple[Storage, str]) -> None:
-    """What is done of an input is done of this version of it: from the listing, without a request per object."""
+def test_the_version_changes_when_an_object_is_written_again(store: tuple[Storage, str]) -> None:
+    """A changed input must be run again; the listing alone tells, without a request per object."""
     storage, root = store
     storage.write(f"{root}/a", b"one")
     storage.write(f"{root}/b", b"one")
@@ -61,8 +64,8 @@ def test_a_version_tells_that_an_object_was_written_again(store: tuple[Storage, 
     assert before[0].version != after[0].version and before[1] == after[1]
 
 
-def test_listings_go_on_over_pages(gcs: Storage, moto: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of more objects than a page holds is listed whole, in order, without hidden ones and folders' marks."""
+def test_listings_of_several_pages(gcs: Storage, moto: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix with more objects than a page holds is listed whole and in order, without hidden ones and markers."""
     for storage, root in ((moto, "s3://bucket/pages"), (gcs, "gs://bucket/pages")):
         for name in [*(f"{n:04}" for n in range(12)), ".hidden", "sub/.hidden/x", "sub/"]:
             storage.write(f"{root}/{name}", b"x")
@@ -100,8 +103,8 @@ def test_errors_name_what_is_missing(store: tuple[Storage, str]) -> None:
     assert not storage.exists(gone) and not storage.exists(nowhere)
 
 
-def test_wrong_credentials_are_no_error_of_an_object(s3: S3) -> None:
-    """Keys that are wrong or expired stop a job, instead of a million rows that say so."""
+def test_wrong_credentials_stop_the_job(s3: S3) -> None:
+    """Wrong or expired keys are no error of a single object, else a job would write a million rows that say so."""
     storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": "other"})
     s3.bucket("keys")
     for ask in (storage.read, storage.info, lambda uri: list(storage.walk(uri))):
@@ -115,8 +118,8 @@ def test_wrong_credentials_are_no_error_of_an_object(s3: S3) -> None:
     ("status", "kind", "again"), [(503, Unavailable, True), (429, Unavailable, True), (500, Unavailable, True)]
     + [(403, PermissionError, False), (400, Rejected, False), (501, Rejected, False)],
 )  # fmt: skip
-def test_what_can_pass_is_asked_again(status: int, kind: type[Exception], again: bool) -> None:
-    """A store that is busy is asked again until the time is up, one that refuses is not."""
+def test_transient_errors_are_retried(status: int, kind: type[Exception], again: bool) -> None:
+    """A request to a busy store is repeated until the time is up, one that the store refuses is not."""
     server = Listener(status)
     options = {"endpoint_url": server.url, "key": S3_KEY, "secret": S3_SECRET}
     heard = []
@@ -129,15 +132,15 @@ def test_what_can_pass_is_asked_again(status: int, kind: type[Exception], again:
     server.close()
 
 
-def test_a_store_that_is_away_is_said_in_a_sentence() -> None:
+def test_an_unreachable_store_is_one_sentence() -> None:
     storage = Storage({"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"}, retry_seconds=0.0)
     with pytest.raises(StorageError, match=r"^s3://b/a.jpg cannot be reached \(.*endpoint_url"):
         storage.read("s3://b/a.jpg")
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_store_sends_nobody_elsewhere(scheme: str) -> None:
-    """A redirect is the store's failure: what it points to is not asked."""
+def test_redirects_are_not_followed(scheme: str) -> None:
+    """A store must not make the job send requests, and credentials, to another host."""
     elsewhere = Listener()
     server = Listener(307, elsewhere.url + "/stolen")
     keys = {"key": S3_KEY, "secret": S3_SECRET} if scheme == "s3" else {"anon": "true"}
@@ -149,7 +152,7 @@ def test_a_store_sends_nobody_elsewhere(scheme: str) -> None:
 
 
 def test_a_store_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who gives az:// without the extra is told what to install."""
+    """Whoever gives az:// without the extra installed is told what to install."""
     monkeypatch.setitem(sys.modules, "adlfs", None)
     for uri in ("az://c/x", "abfs://c@account.dfs.core.windows.net/x"):
         with pytest.raises(StorageError, match=r"pip install 'shardsight\[azure\]'"):
@@ -164,7 +167,7 @@ def test_each_service_takes_its_own_options(gcs: Storage) -> None:
 
 
 def test_conditional_writes(gcs: Storage, moto: Storage) -> None:
-    """Of two that write at once, one learns that it came second."""
+    """Of two concurrent writers, one learns that it was second."""
     for storage, uri in ((moto, "s3://bucket/condition"), (gcs, "gs://bucket/condition")):
         first = storage.write_if(uri, b"1", "")
         assert storage.tag(uri) == first
@@ -177,7 +180,7 @@ def test_conditional_writes(gcs: Storage, moto: Storage) -> None:
 
 
 def test_large_files_are_read_by_ranges(rclone: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte in order across chunks, seeks included, and a range that was cut short is asked for again."""
+    """Every byte comes in order across chunks and after seeks, and a range that was cut short is requested again."""
     data = bytes(range(256)) * 4000
     rclone.write("s3://bucket/x.bin", data)
     monkeypatch.setattr("shardsight.storage.CHUNK", 100_003)
@@ -200,7 +203,7 @@ def test_large_files_are_read_by_ranges(rclone: Storage, monkeypatch: pytest.Mon
 
 
 def test_a_walk_through_a_folder(tmp_path: Path) -> None:
-    """Links are followed and never in a circle, a broken one is an entry of its own, hidden files come if asked for."""
+    """Links are followed but never in a circle, a broken one is an entry too, hidden files are listed on request."""
     (tmp_path / "sub" / ".git").mkdir(parents=True)
     for name in ("b", "a c", "sub/d", ".hidden", "sub/.git/config"):
         (tmp_path / name).write_bytes(name.encode())
@@ -221,12 +224,12 @@ def test_a_walk_through_a_folder(tmp_path: Path) -> None:
     ("uri", "remote"), [("s3://b/k", True), ("gs://b/k", True), ("abfs://c/k", True), ("az://c", True)]
     + [("https://h/k", False), ("/s3://b", False), ("s3", False), ("s3:/b", False)],
 )  # fmt: skip
-def test_which_uris_are_of_stores(uri: str, remote: bool) -> None:
+def test_which_uris_are_remote(uri: str, remote: bool) -> None:
     assert is_remote(uri) == remote
 
 
 def test_readers_see_a_whole_file_or_none(tmp_path: Path) -> None:
-    """A file that is written again is at no moment gone or short."""
+    """A file that is replaced is never missing or truncated for a reader."""
     path, storage, stop = str(tmp_path / "f"), Storage(), threading.Event()
     storage.write(path, b"x" * 100_000)
     seen = set()

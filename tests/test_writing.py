@@ -1,4 +1,4 @@
-"""From the flow to files: full ones, and no more under way than the store takes."""
+"""From the flow to files: full ones, with a bounded number of writes in flight."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from tests.test_results import ids, rows
 
 
 class SlowStorage(Storage):
-    """Takes its time to write, and notes in its folder how many writes are under way together."""
+    """Writes slowly, and records in its folder how many writes are in flight at the same time."""
 
     def write(self, uri: str, data: bytes) -> None:
         folder = Path(self.options["folder"])
@@ -40,7 +40,7 @@ def results(tmp_path: Path) -> Results:
 
 
 def blocks(*sizes: int) -> ray.data.Dataset:
-    """Rows of loose files in blocks of so many."""
+    """Rows of loose files in blocks of these sizes."""
     begins = [sum(sizes[:index]) for index in range(len(sizes))]
     tables = [
         rows([place(None, n) for n in range(begin, begin + size)]) for begin, size in zip(begins, sizes, strict=True)
@@ -49,7 +49,7 @@ def blocks(*sizes: int) -> ray.data.Dataset:
 
 
 def test_files_are_full(one_ray: None, results: Results) -> None:
-    """Blocks that are slightly more than a file leave no crumb each, which every later reader would pay for."""
+    """Blocks with slightly more rows than a file must not leave a tiny file each, which slow down readers."""
     progress = list(writing.run(blocks(7, 7, 0, 7, 7, 25, 2), results, 6))
     assert sum(count for count, _ in progress) == 55
     assert sum(written.coverage.rows for _, finished in progress for written in finished) == 55
@@ -57,8 +57,8 @@ def test_files_are_full(one_ray: None, results: Results) -> None:
     assert ids(results) == sorted(f"None#{n}@0" for n in range(55))
 
 
-def test_writes_under_way_have_a_bound(one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow store slows the flow down, instead of filling the memory with blocks that wait for it."""
+def test_writes_in_flight_are_bounded(one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow store slows the flow down, instead of filling the memory with blocks to write."""
     monkeypatch.setattr(writing, "WRITES", 2)
     results = Results(str(tmp_path / "out"), SlowStorage({"folder": str(tmp_path)}))
     results.prepare()
@@ -67,11 +67,11 @@ def test_writes_under_way_have_a_bound(one_ray: None, tmp_path: Path, monkeypatc
     assert len(ids(results)) == 32
 
 
-def test_interrupted_it_writes_what_it_has(one_ray: None, results: Results) -> None:
+def test_an_interrupt_writes_what_has_come(one_ray: None, results: Results) -> None:
     """A Ctrl-C costs no row that the models have finished."""
 
     class Interrupted:
-        """Some blocks, and then the interrupt."""
+        """A dataset of some blocks, then an interrupt."""
 
         def iter_internal_ref_bundles(self) -> Iterator[Any]:
             yield from blocks(3, 4).iter_internal_ref_bundles()

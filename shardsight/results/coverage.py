@@ -185,7 +185,7 @@ class Coverage:
 
     @staticmethod
     def of(rows: list[dict[str, Any]]) -> "Coverage":
-        """Of rows that have `id`, `error` and the columns of row.PLACE, `unit` being None for a loose file."""
+        """The coverage of rows that have `id`, `error` and the columns of row.PLACE; a loose file's `unit` is None."""
         units: dict[str, UnitCoverage] = {}
         for row in rows:
             if row["unit"] is None:
@@ -238,8 +238,7 @@ class Coverage:
         return sum((Counter(unit.ignored) for unit in self.units.values()), Counter())
 
     def of_rows(self, ids: list[str]) -> list[dict[str, Any]]:
-        """row.PLACE of each row of a results file, whose rows are in the order of units, then loose files. ids: of its
-        rows."""
+        """row.PLACE of each row of a results file, in which loose files follow the units' rows. ids: of all rows."""
         found = [{"unit": name} | place for name, unit in sorted(self.units.items()) for place in unit.places()]
         loose = hashes(ids[len(found) :])
         known = dict(zip(self.files.tolist(), self.file_versions.tolist(), strict=True))
@@ -254,7 +253,9 @@ class Coverage:
 
     def changed(self, files: np.ndarray, now: np.ndarray) -> np.ndarray:
         """Which loose files are done in another version than the one they have `now`, bool (n,)."""
-        then = np.append(self.file_versions, _VERSION.type(0))[_indices(files, self.files)]  # 0 at -1, if not done
+        at = _indices(files, self.files)
+        then = np.zeros(len(files), _VERSION)
+        then[at >= 0] = self.file_versions[at[at >= 0]]
         return np.asarray((then != 0) & (now != 0) & (then != now))
 
     def dumps(self) -> bytes:

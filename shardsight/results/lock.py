@@ -42,29 +42,23 @@ class Claim:
     conditional: bool
 
     @property
-    def lock(self) -> str:
-        """The uri of the one object."""
-        return f"{self.out.rstrip('/')}/.lock"
+    def uri(self) -> str:
+        """The uri of the object that this run writes."""
+        return f"{self.out.rstrip('/')}/" + (".lock" if self.conditional else f"lock/{self.name}")
 
-    @property
-    def folder(self) -> str:
-        """The prefix of the runs' objects."""
-        return f"{self.out.rstrip('/')}/lock"
-
-    @property
-    def own(self) -> str:
-        """The uri of this run's object."""
-        return f"{self.folder}/{self.name}"
+    def runs(self, storage: Storage) -> list[str]:
+        """The uris of all runs' objects, where each has its own."""
+        return [entry.uri for entry in storage.walk(f"{self.out.rstrip('/')}/lock")]
 
     def check(self, storage: Storage) -> None:
         """Raises Lost. Takes one request: a GET of the lock, or a listing, which has only this run's object."""
         if self.conditional:
-            state = _state(storage, self.lock) or {}
+            state = _state(storage, self.uri) or {}
             held = state.get("name") == self.name and state["state"] == "holding"
         else:
-            uris = [entry.uri for entry in storage.walk(self.folder)]
-            others = (_state(storage, uri) for uri in uris if uri != self.own)
-            held = self.own in uris and not any(other and other["state"] == "holding" for other in others)
+            uris = self.runs(storage)
+            others = (_state(storage, uri) for uri in uris if uri != self.uri)
+            held = self.uri in uris and not any(other and other["state"] == "holding" for other in others)
         if not held:
             raise Lost(
                 f"this run was paused or cut off from the store, and lost its lock on {self.out}: "
@@ -167,10 +161,10 @@ class _ConditionalLock:
         seen, since = "", _now()
         while True:
             try:
-                tag = self.storage.tag(self.claim.lock)
+                tag = self.storage.tag(self.claim.uri)
             except FileNotFoundError:
                 tag = ""
-            free = not tag or (_state(self.storage, self.claim.lock) or {}).get("state") == "released"
+            free = not tag or (_state(self.storage, self.claim.uri) or {}).get("state") == "released"
             if free or (tag == seen and _now() - since > LIVES * HEARTBEAT):
                 return self._write("holding", tag)
             if seen and tag != seen:
@@ -192,7 +186,7 @@ class _ConditionalLock:
         self.beats += 1
         content = {"name": self.claim.name, "state": state, "beats": self.beats}
         try:
-            self.tag = _write_if(storage or self.storage, self.claim.lock, content, tag)
+            self.tag = _write_if(storage or self.storage, self.claim.uri, content, tag)
         except Changed:
             return False
         return True
@@ -219,7 +213,7 @@ class _ListedLock:
                 before, since = watched.get(uri, (None, 0.0))
                 if state != before:
                     watched[uri] = state, _now()
-                    if before and (state["state"] == "holding" or uri < self.claim.own):
+                    if before and (state["state"] == "holding" or uri < self.claim.uri):
                         return False
                 elif _now() - since > LIVES * HEARTBEAT:
                     with suppress(FileNotFoundError):
@@ -234,7 +228,7 @@ class _ListedLock:
         return True
 
     def _others(self) -> dict[str, dict[str, Any]]:
-        uris = [entry.uri for entry in self.storage.walk(self.claim.folder) if entry.uri != self.claim.own]
+        uris = (uri for uri in self.claim.runs(self.storage) if uri != self.claim.uri)
         return {uri: state for uri in uris if (state := _state(self.storage, uri))}
 
     def renew(self, storage: Storage) -> None:
@@ -242,17 +236,17 @@ class _ListedLock:
         has started."""
         begun = _now()
         paused = begun - self.renewed > (LIVES - 1) * HEARTBEAT
-        if paused and [entry.uri for entry in storage.walk(self.claim.folder)] != [self.claim.own]:
+        if paused and self.claim.runs(storage) != [self.claim.uri]:
             return
         self._write(storage)
         self.renewed = begun
 
     def release(self) -> None:
-        self.storage.remove(self.claim.own)
+        self.storage.remove(self.claim.uri)
 
     def _write(self, storage: Storage) -> None:
         self.beats += 1
-        storage.write(self.claim.own, json.dumps({"state": self.state, "beats": self.beats}).encode())
+        storage.write(self.claim.uri, json.dumps({"state": self.state, "beats": self.beats}).encode())
 
 
 def _now() -> float:
