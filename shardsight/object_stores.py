@@ -346,16 +346,13 @@ class GoogleCloud(Store):
 
 
 class Azure(Store):
-    """options: OPTIONS["az"]; what is missing comes from Azure's environment (AZURE_STORAGE_ACCOUNT_NAME, …).
+    """options: OPTIONS["az"]; what is missing comes from Azure's environment (AZURE_STORAGE_ACCOUNT_NAME, …)."""
 
-    account: of an address that names one, abfs://container@account.dfs.core.windows.net/…
-    """
-
-    def __init__(self, options: dict[str, str], account: str | None = None) -> None:
+    def __init__(self, options: dict[str, str]) -> None:
         import adlfs
 
         filesystem = adlfs.AzureBlobFileSystem(
-            **(_flags(options) | ({"account_name": account} if account else {})),
+            **_flags(options),
             connection_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             **_NO_CACHE,

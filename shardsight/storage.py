@@ -29,7 +29,8 @@ __all__ = ["OPTIONS", "Entry", "Storage", "StorageError", "explain", "is_hidden"
 
 CHUNK = 8 << 20  # bytes per request of a remote file: large enough to be fast, small enough to repeat
 RETRY_SECONDS = 300.0  # for which a store may be unavailable in the middle of a job
-_SERVICES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az", "abfss": "az"}  # scheme → key of OPTIONS
+_SERVICES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az", "abfss": "az"}  # scheme → key of OPTIONS and _STORES
+_STORES: dict[str, Callable[[dict[str, str]], Store]] = {"s3": S3, "gs": GoogleCloud, "az": Azure}
 _EXTRAS = {"gcsfs": "gcs", "adlfs": "azure"}  # module → extra of this package
 
 T = TypeVar("T")
@@ -162,14 +163,12 @@ class Storage:
 
     def filesystem(self, uri: str) -> Any:
         """The filesystem of fsspec for a uri of a store; the path in it is BUCKET/KEY."""
-        service, bucket, _ = _split(uri)
-        return self._store(uri, service, bucket).filesystem
+        return self._store(uri).filesystem
 
     def _ask(self, uri: str, request: Callable[[Store, str, str], T]) -> T:
         """Run a request, and repeat it with exponential backoff while the store is unavailable."""
         deadline, pause = time.monotonic() + self.retry_seconds, 0.5
-        service, bucket, key = _split(uri)
-        store = self._store(uri, service, bucket)
+        store, (_, bucket, key) = self._store(uri), _split(uri)
         while True:
             try:
                 return request(store, bucket.partition("@")[0], key)
@@ -179,17 +178,15 @@ class Storage:
             time.sleep(random.uniform(pause / 2, pause))  # so that a thousand tasks do not return at the same time
             pause = min(2 * pause, 15)
 
-    def _store(self, uri: str, service: str, bucket: str) -> Store:
-        account = bucket.partition("@")[2].partition(".")[0]
+    def _store(self, uri: str) -> Store:
+        service, bucket, _ = _split(uri)
+        account = bucket.partition("@")[2].partition(".")[0]  # abfs://container@account.dfs.core.windows.net/…
         if (service, account) not in self._stores:
             options = {name: value for name, value in self.options.items() if name in OPTIONS[service]}
-            makers: dict[str, Callable[[], Store]] = {
-                "s3": lambda: S3(options),
-                "gs": lambda: GoogleCloud(options),
-                "az": lambda: Azure(options, account),
-            }
+            if account and service == "az":
+                options["account_name"] = account
             try:
-                self._stores[service, account] = makers[service]()
+                self._stores[service, account] = _STORES[service](options)
             except ModuleNotFoundError as error:
                 extra = _EXTRAS.get(error.name or "")
                 if extra is None:
