@@ -40,7 +40,7 @@ class Square:
 
     size: int
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) below which a picture would lose what the model could see."""
         return min(self.size, width), min(self.size, height)
 
