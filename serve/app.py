@@ -25,7 +25,7 @@ from serve.guard import Guard, Problem, digest, server_error
 from serve.pictures import FIELD
 from serve.service import Gateway, PaliGemmaReplica, YoloReplica
 from shardsight.actors import gpu_memory
-from shardsight.models import lineup
+from shardsight.models import selection
 
 # Read by Serve's proxies, where Ray is started from here.
 os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.guard:proxy_middleware")
@@ -51,13 +51,13 @@ _REFUSALS = {
 
 def app(arguments: Arguments) -> serve.Application:
     """The application that Serve runs. Raises ModelError, UsageError."""
-    models = lineup.known(arguments)
+    models = selection.inspect(arguments)
     if not models:
         raise ValueError("no model: give yolo=MODEL, paligemma=MODEL or both")
     keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",")]
     cores = os.cpu_count() or 1
     handles: dict[str, Any] = {}
-    for name, own in lineup.arguments(models, arguments).items():
+    for name, own in selection.arguments(models, arguments).items():
         yolo = name == "yolo"
         # OpenMP's threads, PaliGemma's, wait for each other by computing: they are not to take all.
         own["threads"] = cores if len(models) == 1 or yolo else max(1, cores // 2)

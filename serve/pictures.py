@@ -16,8 +16,8 @@ from starlette.requests import Request
 from serve.arguments import Arguments, Body, Options, json_object, options
 from serve.guard import Problem, too_large
 from shardsight.decode.pictures import MAX_PIXELS, stored_size
-from shardsight.models import lineup
-from shardsight.models.lineup import Lineup
+from shardsight.models import selection
+from shardsight.models.selection import ModelInfos
 from shardsight.row import ROW, frame_of
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
@@ -79,9 +79,9 @@ class Pictures:
             raise too_large(most)
         return image, picture
 
-    async def row(self, name: str, data: bytes, models: Lineup, on: str = "image") -> dict[str, Any]:
+    async def row(self, name: str, data: bytes, models: ModelInfos, on: str = "image") -> dict[str, Any]:
         """Encoded bytes → a row with its frame, as the job makes it for these models. Raises Problem."""
-        load = lineup.load(models, self.arguments.model_copy(update={"on": on}), self.storage)
+        load = selection.loader(models, self.arguments.model_copy(update={"on": on}), self.storage)
 
         def decoded() -> dict[str, Any]:
             _check_pixels(data, self.arguments.max_pixels)
@@ -89,7 +89,7 @@ class Pictures:
 
         return without_error(await asyncio.to_thread(decoded))
 
-    async def frame(self, data: bytes, models: Lineup) -> np.ndarray:
+    async def frame(self, data: bytes, models: ModelInfos) -> np.ndarray:
         """Encoded bytes → RGB uint8 (h, w, 3). Raises Problem."""
         row = await self.row("picture", data, models)
         return frame_of(row["frame"], row["frame_height"], row["frame_width"])

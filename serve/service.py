@@ -22,8 +22,8 @@ from serve.guard import Problem
 from serve.pictures import Pictures, public, without_error
 from shardsight.decode.frames import Load
 from shardsight.models.info import ModelDied
-from shardsight.models.lineup import Lineup
 from shardsight.models.paligemma.prompts import Prompt
+from shardsight.models.selection import ModelInfos
 from shardsight.row import Failure, without_frames
 from shardsight.storage import Storage
 
@@ -182,11 +182,11 @@ class PaliGemmaReplica(Replica):
 class Gateway:
     """What the routes are made of: rows, frames, answers and readiness.
 
-    handles: of the models' deployments, by their names in the lineup. keys: digests of those that may ask.
+    handles: of the models' deployments, by the models' names. keys: digests of those that may ask.
     """
 
     def __init__(
-        self, arguments: Arguments, models: Lineup, keys: list[bytes], handles: dict[str, DeploymentHandle]
+        self, arguments: Arguments, models: ModelInfos, keys: list[bytes], handles: dict[str, DeploymentHandle]
     ) -> None:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
         self.pictures = Pictures(arguments, Storage(arguments.storage, retry_seconds=arguments.deadline / 4))
@@ -253,7 +253,7 @@ class Gateway:
             row = without_error(row)
         return public(row)
 
-    def _asked(self, options: Options) -> Lineup:
+    def _asked(self, options: Options) -> ModelInfos:
         """The models that these options ask for. Raises Problem."""
         asks = bool(options.prompt) or options.on == "regions"
         models = {name: model for name, model in self.models.items() if asks or name == "yolo"}

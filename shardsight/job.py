@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 
 from shardsight import settings as requests
 from shardsight.errors import Fault, UsageError
-from shardsight.models import lineup
-from shardsight.models.lineup import Lineup
+from shardsight.models import selection
+from shardsight.models.selection import ModelInfos
 from shardsight.results.coverage import Coverage
 from shardsight.results.writer import Results
 from shardsight.row import STAGES
@@ -145,7 +145,7 @@ class _Run:
             image_column=settings.image_column,
         )
         self.listing.check()
-        self.models = lineup.known(settings)
+        self.models = selection.inspect(settings)
         try:
             self.results.prepare()
         except Exception as error:
@@ -248,9 +248,9 @@ class _Run:
 
         settings = self.settings
         cluster.join(settings.verbose)
-        load = lineup.load(self.models, settings, self.storage, settings.keep_images)
+        load = selection.loader(self.models, settings, self.storage, settings.keep_images)
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-        stages = actors.plan(lineup.arguments(self.models, settings), wanted, settings.gpus_per_actor)
+        stages = actors.plan(selection.arguments(self.models, settings), wanted, settings.gpus_per_actor)
         rows = pipeline.flow(units, load, stages, alone)
         totals = _totals(self.done)
         if self.watcher:
@@ -317,7 +317,7 @@ def _totals(done: Coverage) -> dict[str, int]:
     return {name: unit.total for name, unit in done.units.items() if unit.total is not None}
 
 
-def _check_same(before: dict[str, Any], settings: Settings, models: Lineup, out: str) -> None:
+def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, out: str) -> None:
     """Whether what an earlier job left is of the same settings and models. Raises UsageError."""
     changed = settings.changed(before["configuration"])
     for name, model in models.items():  # trained anew, say, at the place where the others were

@@ -52,7 +52,7 @@ def test_records_that_end_their_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each becomes one error row, in every kind of input and in every stage, and costs no neighbour its row."""
-    monkeypatch.setattr("shardsight.models.lineup.Load", DeadlyLoad)
+    monkeypatch.setattr("shardsight.models.selection.Load", DeadlyLoad)
     monkeypatch.setattr("shardsight.pipeline.Annotator", DeadlyAnnotator)
     folder = tmp_path / "in"
     folder.mkdir()
