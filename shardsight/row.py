@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,6 +92,13 @@ class Failure(Exception):
     def row(self, stage: str) -> dict[str, str]:
         """The value of ERROR."""
         return {"stage": stage, "type": self.type, "message": self.message[:1000]}
+
+
+def frame_columns(frame: np.ndarray, width: int, height: int) -> dict[str, Any]:
+    """A frame, RGB uint8 (h, w, 3), of a picture of width × height → the columns of a row that hold it."""
+    # tobytes makes a C-contiguous copy; pyarrow 25 never frees a memoryview.
+    row = {"width": width, "height": height, "frame": frame.tobytes()}
+    return row | {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
 
 
 def frame_of(data: bytes | pa.Buffer, height: int, width: int) -> np.ndarray:

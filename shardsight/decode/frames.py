@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from shardsight.decode.pictures import decode
-from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure
+from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns
 from shardsight.sources import Record, read
 from shardsight.storage import Storage
 
@@ -99,13 +99,6 @@ class Load:
     def table(rows: list[dict[str, Any]]) -> pa.Table:
         """Rows as from `row` → a table of TABLE."""
         return pa.Table.from_pylist(rows, TABLE)
-
-
-def frame_columns(frame: np.ndarray, width: int, height: int) -> dict[str, Any]:
-    """A frame, RGB uint8 (h, w, 3), of a picture of width × height → the columns of a row that hold it."""
-    # tobytes makes a C-contiguous copy; pyarrow 25 never frees a memoryview.
-    row = {"width": width, "height": height, "frame": frame.tobytes()}
-    return row | {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
 
 
 def default_fatal_signals() -> None:

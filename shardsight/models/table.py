@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from shardsight.decode.frames import Input, frame_columns
+from shardsight.decode.frames import Input
 from shardsight.decode.pictures import decode, rgb
-from shardsight.row import ERROR, FRAME, ROW, SECONDS, Failure, with_column
+from shardsight.row import ERROR, FRAME, ROW, SECONDS, Failure, frame_columns, with_column
 
 # Encoded bytes, a Pillow picture, or an RGB uint8 array (h, w, 3).
 Picture = bytes | bytearray | memoryview | Image.Image | np.ndarray
