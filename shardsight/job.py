@@ -133,6 +133,7 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
     before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)  # of each stage, at the most
     stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
 
     def job(self) -> Job:
@@ -252,6 +253,7 @@ class _Run:
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
         stages = actors.plan(lineup.arguments(self.models, settings), wanted, settings.gpus_per_actor)
         rows = pipeline.flow(units, load, stages, alone)
+        self.processes = actors.processes(stages)
         totals = _totals(self.done)
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
@@ -290,8 +292,15 @@ class _Run:
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
+            "bottleneck": self._bottleneck(),
             "stages": {stage: _spent(spent) for stage, spent in self.stages.items()},
         }
+
+    def _bottleneck(self) -> str | None:
+        """The stage whose processes were busiest; None where nothing was computed."""
+        busy = {stage: self.stages[stage]["clock_seconds"] / count for stage, count in self.processes.items()}
+        busiest = max(busy, key=lambda stage: busy[stage], default=None)
+        return busiest if busiest and busy[busiest] else None
 
 
 def _raised(error: BaseException) -> tuple[str, str]:
