@@ -63,7 +63,7 @@ lint: install
 
 lock: install
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-		--extra cpu --extra dev --extra bench pyproject.toml --output-file requirements.lock
+		--extra cpu --extra gcs --extra azure --extra dev --extra bench pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -106,7 +106,7 @@ class Completion(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="0 by default: the likeliest token each time")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed gives the same answer")
     stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, max_length=4, description="a text, or up to four, before which the answer ends"
@@ -138,10 +138,8 @@ class Completion(_Strict):
         for name in ("max_completion_tokens", "max_tokens"):
             if (getattr(self, name) or 0) > most:
                 raise Problem(400, f"{name}: at most {most} on this server, not {getattr(self, name)}")
-        # vLLM takes -1 for no seed.
-        seed = None if self.seed is None else self.seed % 2**63
-        limit = self.max_completion_tokens or self.max_tokens or most
-        return Sampling(limit, self.temperature or 0.0, self.top_p or 1.0, seed, tuple(self.stop or ()))
+        limit, top_p = self.max_completion_tokens or self.max_tokens or most, 1.0 if self.top_p is None else self.top_p
+        return Sampling(limit, self.temperature or 0.0, top_p, self.seed, tuple(self.stop or ()))
 
 
 def add(api: FastAPI, gateway: Gateway) -> None:

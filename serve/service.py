@@ -142,7 +142,7 @@ class PaliGemmaReplica(Replica):
         """What there is of one answer, after each token with `stream`, or at its end: `text`, and of all tokens so far
         `tokens` and `logprobs`. Raises ModelDied, Failure."""
         loop, generated = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        prompt = Prompt.of(text)
+        prompt, reader = Prompt.of(text), self.model.reader
 
         def put(one: Any) -> None:
             loop.call_soon_threadsafe(generated.put_nowait, one)
@@ -161,17 +161,17 @@ class PaliGemmaReplica(Replica):
         tokens: list[str] = []
 
         def part(one: Any) -> dict[str, Any]:
-            tokens.extend(self.model.reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
-            said = {"text": self.model.reader.text(one), "tokens": tokens[: len(one.ids)]}
-            return said | {"logprobs": one.logprobs, "finish_reason": None}
+            tokens.extend(reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
+            so_far = {"text": reader.text(one), "tokens": tokens[: len(one.ids)], "logprobs": one.logprobs}
+            return so_far | {"finish_reason": None}
 
         try:
             while (one := await generated.get()) is not None:
                 yield part(one)
-            last = future.result()
-            self.tokens.inc(len(last.ids))
+            whole = future.result()
+            self.tokens.inc(len(whole.ids))
             used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
-            yield part(last) | {"finish_reason": last.finish_reason, "prompt_tokens": used}
+            yield part(whole) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
         except ModelDied as error:
             self.failed = str(error)
             raise
@@ -189,7 +189,7 @@ class Gateway:
         self, arguments: Arguments, models: Lineup, keys: list[bytes], handles: dict[str, DeploymentHandle]
     ) -> None:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
-        self.pictures = Pictures(arguments, Storage(arguments.storage, patience=arguments.deadline / 4))
+        self.pictures = Pictures(arguments, Storage(arguments.storage, retry_seconds=arguments.deadline / 4))
         self.probes: dict[str, asyncio.Task[bool]] = {}
 
     async def ready(self, *names: str) -> bool:

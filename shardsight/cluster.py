@@ -20,7 +20,8 @@ def join(verbose: bool = False) -> bool:
 
     address = living_cluster()
     # Workers of a cluster of our own inherit the environment; with a runtime_env, Ray would start them all anew.
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and address != "local"}
+    stores = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
+    environment = {} if address == "local" else stores
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user
     try:

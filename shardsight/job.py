@@ -20,7 +20,7 @@ from shardsight.errors import Fault, UsageError
 from shardsight.models import lineup
 from shardsight.models.lineup import Lineup
 from shardsight.results.coverage import Coverage
-from shardsight.results.writer import Results, lock
+from shardsight.results.writer import Results
 from shardsight.row import STAGES
 from shardsight.settings import Settings
 from shardsight.sources import Listing, absolute
@@ -150,7 +150,7 @@ class _Run:
             self.results.prepare()
         except Exception as error:
             raise StorageError(explain(self.results.out, error)) from error
-        with lock(self.results):
+        with self.results.locked() as self.results:
             self.done = self._what_is_there()
             with self._written_down():
                 self._drop_changed()
@@ -221,7 +221,7 @@ class _Run:
     def _reason(self, error: BaseException) -> str:
         """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
         kind, said = _raised(error)
-        if isinstance(error, (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in ("Fault", "ModelError"):
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
         try:
@@ -244,7 +244,7 @@ class _Run:
 
     def _pass(self, units: list[Any], alone: bool) -> None:
         # Here, since a restart that finds all done needs neither the seconds nor the 80 MB.
-        from shardsight import actors, cluster, isolate, pipeline
+        from shardsight import actors, cluster, isolate, pipeline, writing
 
         settings = self.settings
         cluster.join(settings.verbose)
@@ -256,7 +256,7 @@ class _Run:
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
         with isolate.only_deaths():
-            for count, finished in pipeline.run(rows, self.results, settings.rows_per_file):
+            for count, finished in writing.run(rows, self.results, settings.rows_per_file):
                 for written in finished:
                     totals |= _totals(written.coverage)
                     for stage, spent in written.stages.items():

@@ -1,13 +1,10 @@
 """The flow, wired with Ray Data: units → read and decode → YOLO → PaliGemma → Parquet."""
 
 import pickle
-import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
@@ -15,12 +12,9 @@ from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
 from shardsight.isolate import Isolate
 from shardsight.results.coverage import Coverage
-from shardsight.results.writer import Results, Written
 from shardsight.sources import Listing, Unit
 from shardsight.storage import Storage
 
-# A file is written when it is full, or at the latest after so long: what a kill can cost.
-BYTES, SECONDS = 128 << 20, 20.0
 # Blocks that a model works on at once: vLLM's engine batches across them, so that it never waits for the next.
 CALLS = {"yolo": 1, "paligemma": 4}
 
@@ -86,29 +80,3 @@ def _with_model(blocks: Dataset, stage: Stage) -> Dataset:
         num_gpus=stage.gpus,
         ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
     )
-
-
-@ray.remote(num_cpus=0)
-def write(results: Results, rows_per_file: int, *blocks: pa.Table) -> Written:
-    return results.write(pa.concat_tables(blocks), rows_per_file)
-
-
-def run(rows: Dataset, results: Results, rows_per_file: int) -> Iterator[tuple[int, list[Written]]]:
-    """Write rows as they come; yields how many came and what was written. Interrupted, it writes what it has."""
-    waiting: list[Any] = []
-    writing: list[Any] = []
-    held, size, since = 0, 0, time.monotonic()
-    try:
-        for bundle in rows.iter_internal_ref_bundles():
-            waiting += bundle.block_refs
-            held, size = held + (bundle.num_rows() or 0), size + bundle.size_bytes()
-            if held >= rows_per_file or size >= BYTES or time.monotonic() - since >= SECONDS:
-                writing.append(write.remote(results, rows_per_file, *waiting))
-                waiting, held, size, since = [], 0, 0, time.monotonic()
-            finished, writing = ray.wait(writing, num_returns=len(writing), timeout=0) if writing else ([], [])
-            yield bundle.num_rows() or 0, ray.get(finished)
-    finally:
-        if waiting:
-            writing.append(write.remote(results, rows_per_file, *waiting))
-        last = ray.get(writing)
-    yield 0, last

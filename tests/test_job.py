@@ -81,12 +81,12 @@ def test_a_store_that_fails_in_the_middle_is_written_down(
         raise ConnectionError("the store is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shardsight.pipeline.run", broken)
+        patch.setattr("shardsight.writing.run", broken)
         with pytest.raises(shardsight.JobError, match="ZeroDivisionError") as caught:
             run(asked)
         assert caught.value.job.status == job_of(out)["status"] == "failed"
         assert caught.value.job.rows == 0 and not caught.value.job.exactly_once
-        patch.setattr("shardsight.pipeline.run", raises(KeyboardInterrupt))
+        patch.setattr("shardsight.writing.run", raises(KeyboardInterrupt))
         with pytest.raises(JobInterrupted):
             run(asked)
         assert job_of(out)["status"] == "interrupted"
@@ -138,6 +138,22 @@ def test_settings_that_change_no_row_do_not_refuse(
     for option, value in {"conf": 0.3, "image_column": "other", "precision": "fp32"}.items():
         with pytest.raises(shardsight.UsageError, match=option):
             run(settings(**asked, **{option: value}))
+
+
+def test_a_changed_file_of_a_model_is_noticed(folder: Path, one_ray: str, detector: Path) -> None:
+    """Weights are not all that decides a model's answers."""
+    out = folder.parent / "out"
+    asked = settings(inputs=[folder], output=out, yolo=detector, limit=1)
+    run(asked)
+    job = job_of(out)
+    assert job["models"]["yolo"]["files"]
+    job["models"]["yolo"]["files"]["tokenizer.json"] = "0" * 64
+    (out / "job.json").write_text(json.dumps(job))
+    with pytest.raises(shardsight.UsageError, match=r"yolo.s tokenizer\.json"):
+        run(asked)
+    job["models"]["yolo"]["files"] = {}  # as of 0.1.0, which knew weights only
+    (out / "job.json").write_text(json.dumps(job))
+    assert run(asked).exactly_once
 
 
 def test_the_library(folder: Path, one_ray: str, detector: Path, capfd: pytest.CaptureFixture[str]) -> None:

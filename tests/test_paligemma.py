@@ -91,13 +91,13 @@ def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
     pairs, long = pairs_of(1), pairs_of(1)[:5]
     limits = {"max_tokens": TOKENS, "batch_size": 4}
     runs = [
-        Asked(large, pairs[:3], limits | {"prompt_tokens": 60}),
+        Asked(large, pairs[:2], limits | {"prompt_tokens": 60}),
         Asked(picture, pairs, limits),
         Asked(prompt, pairs, limits | {"adapter": str(lora)}),
         Asked(answer, long, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
     ]
     at_896, in_picture, in_prompt, in_answer = ask(runs, tmp_path)
-    same(at_896, Reference(large), pairs[:3])
+    same(at_896, Reference(large), pairs[:2])
     same(in_picture, Reference(picture), pairs)
     same(in_prompt, Reference(prompt, lora), pairs)
     assert in_answer.preempted > 0

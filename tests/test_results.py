@@ -1,7 +1,7 @@
 """The writer: whole files or none, each row once, one run at a time."""
 
+import shutil
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from shardsight.decode.frames import TABLE
 from shardsight.results.coverage import Coverage, Ranges, UnitCoverage, hashes
-from shardsight.results.writer import Busy, Results, lock
+from shardsight.results.writer import Results
 from shardsight.row import FRAME, ROW
 from shardsight.storage import Storage, StorageError
-from tests.conftest import S3, S3_KEY, S3_SECRET, place
+from tests.conftest import place
 
 
 def table(*places: tuple[str | None, int], total: int = 10, failed: tuple[int, ...] = ()) -> pa.Table:
@@ -146,39 +146,60 @@ def test_foreign_files_are_refused(results: Results) -> None:
         results.done()
 
 
-def test_lock_on_disk(results: Results) -> None:
-    with lock(results), pytest.raises(Busy), lock(results):
-        pass
-    with lock(results):
-        pass
+def test_changed_inputs_are_dropped_from_every_file(results: Results) -> None:
+    """A tar that was appended to is done again: its old rows must go, wherever they are, and nobody else's."""
+    video = [place("v", 0, True, frame, 3) for frame in range(3)]
+    results.write(rows([place("a", 0), place("b", 0), *video[:2], place(None, 1), place(None, 2)]), 100)
+    results.write(rows([place("a", 1, True), video[2], place(None, 3)]), 100)
+    results.write(rows([place("a", 2)]), 100)
+    results.drop({"a", "not there"}, hashes(["None#3@0", "None#1@0", "nor this"]))
+    assert ids(results) == ["None#2@0", "b#0@0", "v#0@0", "v#0@1", "v#0@2"]
+    assert len(results.files()) == 2  # one held nothing else
+    done = results.done()
+    assert set(done.units) == {"b", "v"} and done.complete("v") and done.rows == done.places == 5
 
 
-def test_lock_on_s3(s3: S3) -> None:
-    """Of runs that start together one gets it; a dead run's claim keeps nobody out."""
-    s3.bucket("locks")
-    storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
-    outcomes: list[str] = []
-    together, release = threading.Barrier(3), threading.Event()
+@given(st.data())
+@settings(max_examples=30)
+def test_what_is_dropped_is_missing_and_nothing_else(data: st.DataObject) -> None:
+    """Of units with records of many frames and loose files, in files cut anywhere: what is left is known exactly."""
+    lengths = data.draw(st.lists(st.lists(st.sampled_from([1, 1, 3]), min_size=1, max_size=3), max_size=3), "frames")
+    everything = [
+        place(f"u{unit}", record, record + 1 == len(records), frame, length) | {"version": f"{unit:016x}"}
+        for unit, records in enumerate(lengths)
+        for record, length in enumerate(records)
+        for frame in range(length)
+    ]
+    everything += [place(None, n) for n in range(4)]
+    units = data.draw(st.sets(st.sampled_from(["u0", "u1", "u2"])), "units")
+    files = data.draw(st.sets(st.sampled_from([f"None#{n}@0" for n in range(5)])), "files")
+    with tempfile.TemporaryDirectory() as folder:
+        results = Results(folder, Storage())
+        results.prepare()
+        shuffled = data.draw(st.permutations(everything))
+        for start in range(0, len(shuffled), size := data.draw(st.integers(1, 6), "batch")):
+            results.write(rows(shuffled[start : start + size]), data.draw(st.integers(1, 4), "rows a file"))
+        results.drop(units, hashes(files))
+        left = [row for row in everything if row["unit"] not in units and row["id"] not in files]
+        done = results.done()
+        assert ids(results) == sorted(row["id"] for row in left)
+        assert done.rows == done.places == len(left)
+        assert {name: unit.version for name, unit in done.units.items()} == {
+            row["unit"]: row["version"] for row in left if row["unit"]
+        }
 
-    def run() -> None:
-        results = Results("s3://locks/out", storage)
-        together.wait()
-        try:
-            with lock(results):
-                outcomes.append("in")
-                release.wait(60)
-        except Busy:
-            outcomes.append("busy")
-            release.set() if outcomes.count("busy") == 2 else None
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["busy", "busy", "in"]
-
-    storage.write("s3://locks/out/lock/dead", b'{"state": "holding", "beats": 3}')
-    with lock(Results("s3://locks/out", storage)):
-        assert not storage.exists("s3://locks/out/lock/dead")
-    assert list(storage.walk("s3://locks/out/lock")) == []
+def test_results_of_the_version_before_go_on(tmp_path: Path) -> None:
+    """Written by 0.1.0: records 0, 1 (failed), 3 and 4 of a tar's five, a whole tar, and a loose picture."""
+    shutil.copytree(Path(__file__).parent / "data" / "version-0.1.0", tmp_path, dirs_exist_ok=True)
+    results = Results(str(tmp_path), Storage())
+    done = results.done()
+    assert records(done) == {"in/a.tar": [(0, 2), (3, 5)], "in/c.tar": [(0, 2)]}
+    assert done.complete("in/c.tar") and not done.complete("in/a.tar")
+    assert done.has(hashes(["in/b.jpg", "in/d.jpg"])).tolist() == [True, False]
+    assert (done.rows, done.places) == (7, 7)
+    results.drop_errors()
+    results.write(rows([place("in/a.tar", 1), place("in/a.tar", 2)]), 100)
+    results.write(rows([place("in/a.tar", 0) | {"id": "in/a.tar#0.jpg"}]), 100)  # once more
+    done = results.done()
+    assert done.complete("in/a.tar") and done.rows == done.places == 8

@@ -2,12 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from shardsight.storage import Storage
-from tests.conftest import S3, S3_KEY, S3_SECRET, Listener, job_of, rows_of, write_tar
+from tests.conftest import S3, S3_SECRET, job_of, rows_of, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
 
@@ -50,39 +46,3 @@ def test_wrong_requests_are_one_sentence(s3: S3, tmp_path: Path, annotate: Annot
     ]:
         code, said = annotate(*arguments)
         assert code == 2 and words in said and said.count("\n") == 1, (arguments, said)
-
-
-def test_large_files_are_read_by_ranges(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte in order across chunks, seeks included, and a range that was cut short is asked for again."""
-    data = bytes(range(256)) * 4000
-    (s3.bucket("ranges") / "x.bin").write_bytes(data)
-    monkeypatch.setattr("shardsight.storage.CHUNK", 100_003)
-    storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
-    whole = storage.s3.cat_file
-    calls: list[Any] = []
-
-    def cut_short(*args: Any, **kwargs: Any) -> bytes:
-        calls.append(kwargs)
-        got: bytes = whole(*args, **kwargs)
-        return got[:-1] if len(calls) % 3 == 1 else got
-
-    monkeypatch.setattr(storage.s3, "cat_file", cut_short)
-    monkeypatch.setattr("shardsight.storage.time.sleep", lambda _: None)
-    with storage.open("s3://ranges/x.bin") as file:
-        assert file.read() == data
-        file.seek(500_000)
-        assert file.read(10) == data[500_000:500_010]
-        file.seek(-5, 2)
-        assert file.read() == data[-5:]
-
-
-def test_a_store_sends_nobody_elsewhere() -> None:
-    """A redirect is the store's failure: what it points to is not asked."""
-    elsewhere = Listener()
-    store = Listener(307, elsewhere.url + "/stolen")
-    options = {"endpoint_url": store.url, "key": S3_KEY, "secret": S3_SECRET}
-    with pytest.raises(Exception, match="another address"):
-        Storage(options, patience=0).read("s3://bucket/a.jpg")
-    assert store.heard and not elsewhere.heard
-    store.close()
-    elsewhere.close()

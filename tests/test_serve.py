@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -28,7 +27,6 @@ from langchain_openai import ChatOpenAI
 from serve.arguments import EXAMPLE, Arguments, Options, options
 from serve.guard import MOST_BYTES, Guard, Problem, ProxyProblems, _Unpacker, digest
 from serve.pictures import decode_base64
-from serve.service import _Answer
 from shardsight.models.info import ModelDied
 from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
@@ -149,10 +147,10 @@ def test_openai_client(service: str, jpegs: list[bytes]) -> None:
         stopped = client.chat.completions.create(**asked, stop=[word, "never said"], stream=streamed)
         parts = [one.choices[0] for one in (stopped if streamed else [stopped])]
         texts = [(part.delta if streamed else part.message).content or "" for part in parts]
-        assert "".join(texts) == said[: said.index(word)] and parts[-1].finish_reason == "stop"
+        assert "".join(texts) == said[: said.index(word)].strip() and parts[-1].finish_reason == "stop"
     drawn = [client.chat.completions.create(**asked, temperature=1.5, seed=7) for _ in range(3)]
     assert len({one.choices[0].message.content for one in drawn}) == 1
-    narrow = client.chat.completions.create(**asked, temperature=1.5, top_p=1e-6)  # the likeliest token alone
+    narrow = client.chat.completions.create(**asked, temperature=1.5, top_p=0)  # the likeliest token alone
     assert narrow.choices[0].message.content == said
 
 
@@ -175,7 +173,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"stop": ["a", "b", "c", "d", "e"]},
     {"stop": ""},
     {"seed": 2**63},
-    {"top_p": 0},
+    {"top_p": 1.1},
     {"max_tokens": 257},
     {"max_completion_tokens": 257},
     {"stream_options": {"include_usage": True}},
@@ -227,23 +225,6 @@ def _question(jpegs: list[bytes]) -> dict[str, Any]:
 
 def _with_detail(part: dict[str, Any]) -> dict[str, Any]:
     return part | {"image_url": part["image_url"] | {"detail": "high"}}
-
-
-@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_where_an_answer_stops(text: str, stop: list[str]) -> None:
-    """Before the first stop text; and what is streamed on the way there is never taken back."""
-    first = next((text[:n] for n in range(len(text) + 1) if any(one in text[:n] for one in stop)), "")
-    end = min((first.find(one) for one in stop if one in first), default=len(text))
-    answer, sent = _Answer(lambda ids: "".join(map(chr, ids)), stop), ""
-    for count in range(1, len(text) + 1):
-        part = answer.part(SimpleNamespace(ids=[*map(ord, text[:count])], logprobs=[0.0] * count))
-        assert part["text"].startswith(sent)
-        sent = part["text"]
-        if answer.stopped:
-            break
-    whole = answer.part(answer.last, whole=True) if text else {"text": "", "tokens": []}
-    assert answer.stopped == (end < len(text)) and whole["text"] == "".join(whole["tokens"]) == text[:end]
-    assert whole["text"].startswith(sent)
 
 
 def test_langchain(service: str, jpegs: list[bytes]) -> None:

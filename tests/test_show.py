@@ -3,6 +3,7 @@
 How it looks and what it draws is tested in a browser, in test_page.py.
 """
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -16,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsight import cli
+from shardsight.decode.pictures import decode
 from shardsight.row import ROW
 from shardsight.storage import Storage
 from shardsight.viewer.job import BINS, summary
+from shardsight.viewer.page import thumbnail
 from tests.conftest import S3, write_tar
 
 HOSTILE = "</script><script>alert(1)</script><b onload='x'>\"&amp; é😀.jpg"
@@ -109,25 +112,30 @@ def test_job_in_a_store(
     assert "cannot be shown" in items[2]["problem"]
 
 
-def test_a_tar_is_read_once(tmp_path: Path, jpegs: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many of its pictures are shown: a tar in a store may be gigabytes."""
-    names = [f"{number}.jpg" for number in range(8)]
-    write_tar(tmp_path / "t.tar", [(name, jpegs[0]) for name in names])
-    tar = str(tmp_path / "t.tar")
-    out = write_job(tmp_path / "out", [row(f"{tar}#{name}", tar) for name in names])
-    opened: list[Any] = []
+@pytest.mark.parametrize("name", ["t.tar", "t.tgz", "t.parquet"])
+def test_a_shard_is_read_once(tmp_path: Path, jpegs: list[bytes], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its pictures are shown, as a shard may be gigabytes; and each row has its own picture."""
+    shard = tmp_path / name
+    members = [str(number) if name == "t.parquet" else f"{number}.jpg" for number in range(8)]
+    if name == "t.parquet":
+        pq.write_table(pa.table({"image": jpegs[:8]}), shard)
+    else:
+        write_tar(shard, list(zip(members, jpegs, strict=False)))
+    if name == "t.tgz":
+        shard.write_bytes(gzip.compress(shard.read_bytes()))
+    out = write_job(tmp_path / "out", [row(f"{shard}#{member}", str(shard)) for member in members])
+    opened: list[str] = []
     plain = Storage.open
 
-    def counted(self: Storage, uri: str) -> Any:
-        file: Any = plain(self, uri)
-        if uri == tar:
-            opened.append(file)
-        return file
+    def counted(self: Storage, uri: str, *more: Any) -> Any:
+        opened.append(uri)
+        return plain(self, uri, *more)
 
     monkeypatch.setattr(Storage, "open", counted)
     assert cli.show([str(out)]) == 0
-    assert len(opened) == 1 and opened[0].closed
-    assert all(item["picture"] for item in data_of(out / "page.html")["items"])
+    assert opened.count(str(shard)) == 1
+    shown = [item["picture"] for item in data_of(out / "page.html")["items"]]
+    assert shown == [thumbnail(decode(data)[0], 1024) for data in jpegs[:8]]
 
 
 def test_pictures_that_are_gone_or_broken(tmp_path: Path, jpegs: list[bytes]) -> None:

@@ -4,33 +4,30 @@ A results file says in its footer which inputs it holds, so that rows and eviden
 write. Its name follows from what it holds, so that a write done twice replaces itself.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from shardsight.results.coverage import Coverage
+from shardsight.results.coverage import Coverage, Hashes, among, hashes
+from shardsight.results.lock import Claim, lock
 from shardsight.row import PLACE, ROW, STAGES
-from shardsight.storage import Storage, StorageError, explain, is_remote
+from shardsight.storage import Storage, StorageError, is_remote
 
 FOOTER = b"shardsight"
 _EVIDENCE = [*(name for name, _ in PLACE), "id", "error"]
-HEARTBEAT = 2.0  # seconds between the signs of life of a run that writes to object storage
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,21 @@ class Written:
 
 @dataclass(frozen=True)
 class Results:
-    """A job's output folder or prefix."""
+    """A job's output folder or prefix.
+
+    claim: of the run that writes there, in a store. All that writes checks it first, and raises lock.Lost where another
+    run has taken the output over.
+    """
 
     out: str
     storage: Storage
+    claim: Claim | None = None
+
+    @contextmanager
+    def locked(self) -> Iterator["Results"]:
+        """The results that this run alone may write to. Raises lock.Busy."""
+        with lock(self.out, self.storage) as claim:
+            yield replace(self, claim=claim)
 
     @property
     def folder(self) -> str:
@@ -74,8 +82,13 @@ class Results:
         buffer = io.BytesIO()
         pq.write_table(rows.cast(ROW).replace_schema_metadata({FOOTER: evidence}), buffer, compression="zstd")
         name = hashlib.blake2b(evidence, digest_size=12).hexdigest()
+        self._check()
         self.storage.write(path or f"{self.folder}/part-{name}.parquet", buffer.getvalue())
         return coverage
+
+    def _check(self) -> None:
+        if self.claim:
+            self.claim.check(self.storage)
 
     def files(self) -> list[tuple[str, Coverage]]:
         """Every results file with what it holds. Raises StorageError for a file of somebody else's."""
@@ -84,7 +97,9 @@ class Results:
             return list(zip(paths, pool.map(self._evidence, paths), strict=True))
 
     def _paths(self) -> list[str]:
-        return list(self.storage.walk(self.folder)) if self.storage.is_folder(self.folder) else []
+        if not self.storage.is_folder(self.folder):
+            return []
+        return [entry.uri for entry in self.storage.walk(self.folder)]
 
     def _evidence(self, path: str) -> Coverage:
         with self.storage.open(path) as file:
@@ -103,24 +118,38 @@ class Results:
         return done
 
     def _keep_first(self, files: list[tuple[str, Coverage]]) -> None:
-        ids: set[str] = set()
+        ids = Hashes()
         for path, _ in sorted(files, key=lambda entry: -entry[1].rows):
-            names = self._read(path, ["id"])["id"].to_pylist()
-            repeated = ids.intersection(names)
-            ids.update(names)
-            if repeated:
-                self._drop(path, pa.array([name in repeated for name in names]))
+            new = ids.add(hashes(self._read(path, ["id"])["id"].to_pylist()))
+            if not new.all():
+                self._drop(path, ~new)
 
     def drop_errors(self) -> None:
         """Take away the rows that failed, so that they are missing and are run again."""
         for path, coverage in self.files():
             if coverage.errors:
-                self._drop(path, pc.is_valid(self._read(path, ["error"])["error"]))
+                self._drop(path, self._read(path, ["error"])["error"].is_valid().to_numpy())
 
-    def _drop(self, path: str, unwanted: pa.Array | pa.ChunkedArray) -> None:
-        """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file."""
-        rows = self._read(path)
-        wanted = pc.invert(unwanted)
+    def drop(self, units: set[str], files: np.ndarray) -> None:
+        """Take away the rows of units, by name, and of loose files, by the hashes of their ids (dtype S16, in any
+        order), so that they are missing and are run again: of inputs that have changed, say."""
+        files = np.sort(files)
+        for path, coverage in self.files():
+            if units.isdisjoint(coverage.units) and not coverage.has(files).any():
+                continue
+            ids = self._read(path, ["id"])["id"].to_pylist()
+            named = [place["unit"] for place in coverage.of_rows(ids)]
+            loose = np.array([unit is None for unit in named]) & among(hashes(ids), files)
+            self._drop(path, loose | np.array([unit in units for unit in named]))
+
+    def _drop(self, path: str, unwanted: np.ndarray) -> None:
+        """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file.
+        A file of which nothing is left is removed."""
+        if unwanted.all():
+            self._check()
+            self.storage.remove(path)
+            return
+        rows, wanted = self._read(path), pa.array(~unwanted)
         places = pa.Table.from_pylist(self._evidence(path).of_rows(rows["id"].to_pylist()), schema=pa.schema(PLACE))
         evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"])
         self._put(rows.filter(wanted), _coverage(evidence.filter(wanted)), path)
@@ -132,10 +161,13 @@ class Results:
     def dataset(self) -> ds.Dataset:
         """The rows of every file, of row.ROW."""
         paths = [path for path in self._paths() if path.endswith(".parquet")]
-        filesystem = PyFileSystem(FSSpecHandler(self.storage.s3)) if is_remote(self.out) else None
-        return ds.dataset([path.removeprefix("s3://") for path in paths], ROW, filesystem=filesystem, format="parquet")
+        if not is_remote(self.out):
+            return ds.dataset(paths, ROW, format="parquet")
+        filesystem = PyFileSystem(FSSpecHandler(self.storage.filesystem(self.out)))
+        return ds.dataset([path.partition("://")[2] for path in paths], ROW, filesystem=filesystem, format="parquet")
 
     def clear(self) -> None:
+        self._check()
         for path in self._paths():
             self.storage.remove(path)
         if self.storage.exists(self.job_file):
@@ -153,6 +185,7 @@ class Results:
         return content
 
     def save_job(self, content: dict[str, Any]) -> None:
+        self._check()
         self.storage.write(self.job_file, json.dumps(content, indent=2, ensure_ascii=False, default=str).encode())
 
 
@@ -168,92 +201,3 @@ def _in_order(table: pa.Table) -> pa.Table:
     keys = [(unit, record, frame) if unit is not None else id for unit, record, frame, id in names]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     return table if len(first) == len(keys) else table.take(sorted(first.values()))
-
-
-class Busy(StorageError):
-    """Another run is writing to the same output."""
-
-
-@contextmanager
-def lock(results: Results) -> Iterator[None]:
-    """Keep other runs out of an output. Raises Busy; what a killed run left behind keeps nobody out."""
-    sentence = f"another run is writing to {results.out}: wait for it, or choose another --output"
-    if is_remote(results.out):
-        with _Claim(results, sentence):
-            yield
-        return
-    with open(f"{results.out}/.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends
-        except BlockingIOError:
-            raise Busy(sentence) from None
-        yield
-
-
-class _Claim:
-    """A lock out of objects, for stores without a conditional write.
-
-    Each run puts a claim of its own and renews it every HEARTBEAT. It then looks at the others': a holder
-    that is alive turns it away; of two that are only claiming, the one of the higher name withdraws, and
-    the other waits to see it go. A claim that is not renewed for three heartbeats is a dead run's.
-    """
-
-    def __init__(self, results: Results, sentence: str) -> None:
-        self.results, self.sentence = results, sentence
-        self.folder = f"{results.out.rstrip('/')}/lock"
-        self.name = uuid.uuid4().hex
-        self.state, self.beats = "claiming", 0
-        self.stop = threading.Event()
-
-    def __enter__(self) -> None:
-        try:
-            self._beat()
-        except Exception as error:
-            raise StorageError(explain(self.results.out, error)) from error
-        threading.Thread(target=self._keep_alive, daemon=True).start()
-        try:
-            watched: dict[str, tuple[dict[str, Any], float]] = {}
-            while others := self._others():
-                for name, claim in others.items():
-                    before, since = watched.get(name, (None, 0.0))
-                    if before is None:
-                        watched[name] = claim, time.monotonic()
-                    elif claim["beats"] == before["beats"] and claim["state"] == before["state"]:
-                        if time.monotonic() - since > 3 * HEARTBEAT:
-                            self.results.storage.remove(f"{self.folder}/{name}")
-                    elif claim["state"] == "holding" or name < self.name:
-                        raise Busy(self.sentence)
-                    else:
-                        watched[name] = claim, time.monotonic()
-                time.sleep(HEARTBEAT / 4)
-            self.state = "holding"
-            self._beat()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.results.storage.remove(f"{self.folder}/{self.name}")
-
-    def _others(self) -> dict[str, dict[str, Any]]:
-        others = {}
-        for path in self.results.storage.walk(self.folder):
-            name = path.rpartition("/")[2]
-            if name != self.name:
-                try:
-                    others[name] = json.loads(self.results.storage.read(path))
-                except FileNotFoundError:  # it went while we looked
-                    continue
-        return others
-
-    def _beat(self, storage: Storage | None = None) -> None:
-        self.beats += 1
-        content = json.dumps({"state": self.state, "beats": self.beats}).encode()
-        (storage or self.results.storage).write(f"{self.folder}/{self.name}", content)
-
-    def _keep_alive(self) -> None:
-        """A beat that fails is followed by the next: once the store is back, nobody must take us for dead."""
-        while not self.stop.wait(HEARTBEAT):
-            with suppress(Exception):
-                self._beat(replace(self.results.storage, patience=0.0))

@@ -15,7 +15,6 @@ import numpy as np
 from fsspec.utils import glob_translate
 
 from shardsight.results.coverage import Coverage, Hashes, hashes, versions
-from shardsight.sources.entries import Entry, info, is_hidden, walk
 from shardsight.sources.files import AHEAD
 from shardsight.sources.kinds import LISTS, VIDEOS, kind_of, read
 from shardsight.sources.lists import read_list
@@ -23,7 +22,7 @@ from shardsight.sources.paths import absolute, resolve
 from shardsight.sources.tar import reason
 from shardsight.sources.units import InputError, Unit, printable
 from shardsight.sources.web import is_web
-from shardsight.storage import Storage, StorageError, explain, is_remote
+from shardsight.storage import Entry, Storage, StorageError, explain, is_hidden, is_remote
 
 GROUP = 256  # loose files in a unit
 PAGE = 10_000  # entries looked at together
@@ -138,7 +137,7 @@ class Listing:
             if entry.version or not is_remote(entry.uri):
                 return entry
             try:
-                return info(self.storage, entry.uri)
+                return self.storage.info(entry.uri)
             except (FileNotFoundError, PermissionError, ValueError):  # its reader will say so
                 return entry
 
@@ -158,11 +157,11 @@ class Listing:
     def _expand(self, uri: str) -> Iterator[Entry]:
         try:
             if self.storage.is_folder(uri):
-                yield from self._found(walk(self.storage, uri), uri)
+                yield from self._found(self.storage.walk(uri, hidden=True), uri)
             elif self.storage.exists(uri):
                 if uri.lower().endswith(VIDEOS):
                     raise InputError(f"{uri} is a video, which this version cannot read: give pictures")
-                yield from self._of_list(uri) if uri.lower().endswith(LISTS) else [info(self.storage, uri)]
+                yield from self._of_list(uri) if uri.lower().endswith(LISTS) else [self.storage.info(uri)]
             elif glob.has_magic(uri):
                 yield from self._matches(uri)
             else:
@@ -189,7 +188,7 @@ class Listing:
         for text in read_list(uri, self.storage, self.uri_column, self.ignored):
             entry = resolve(text, uri, folder)
             try:
-                yield Entry(entry, None, None) if "://" in entry else info(self.storage, entry)
+                yield Entry(entry, None, None) if "://" in entry else self.storage.info(entry)
             except (OSError, ValueError):  # which reading it will say
                 yield Entry(entry, None, None)
 
@@ -198,13 +197,15 @@ class Listing:
         fixed = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
         if is_remote(uri):
             pattern = re.compile(glob_translate(uri))
-            yield from self._found((entry for entry in walk(self.storage, fixed) if pattern.match(entry.uri)), fixed)
+            yield from self._found(
+                (entry for entry in self.storage.walk(fixed, hidden=True) if pattern.match(entry.uri)), fixed
+            )
             return
         for match in sorted(glob.iglob(uri, recursive=True)):
             if not os.path.isdir(match):
-                yield from self._found([info(self.storage, match)], fixed)
+                yield from self._found([self.storage.info(match)], fixed)
             elif not uri.endswith("**"):  # which has matched what is in it, too
-                yield from self._found(walk(self.storage, match), fixed)
+                yield from self._found(self.storage.walk(match, hidden=True), fixed)
 
 
 def _kind(uri: str) -> str:

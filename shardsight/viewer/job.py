@@ -15,7 +15,7 @@ from shardsight.decode.pictures import decode
 from shardsight.errors import UsageError
 from shardsight.results.writer import Results
 from shardsight.row import Failure
-from shardsight.sources import Unit, read
+from shardsight.sources import pictures
 from shardsight.storage import Storage, StorageError, explain, is_remote
 from shardsight.viewer.page import page, thumbnail
 
@@ -64,14 +64,15 @@ def show(
 def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> dict[str, Any]:
     """What page() takes, of a job's results."""
     counts, files = _Counts(), []
-    for path in storage.walk(Results(out, storage).folder):
+    for path, *_ in storage.walk(Results(out, storage).folder):
         if path.endswith(".parquet"):
             files.append((path, counts.add_file(path, storage)))
     if not files:
         raise UsageError(f"{out} holds no results yet: show it once rows are written")
     chosen = list(_chosen(files, count, storage))
-    pictures = _pictures(chosen, storage, SIDE if count <= MANY else SMALL_SIDE)
-    items = [{**pictures[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]} for row in chosen]
+    side = SIDE if count <= MANY else SMALL_SIDE
+    seen = _pictures(chosen, storage, side, job["configuration"].get("image_column"))
+    items = [{**seen[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]} for row in chosen]
     good = sum(len(rows) for _, rows in files)
     models = (model["path"].rstrip("/").rpartition("/")[2] for model in job["models"].values())
     shown = "All of them." if len(items) == good else f"{len(items):,} of {good:,}, evenly spread; --count shows more."
@@ -194,41 +195,20 @@ def _chosen(files: list[tuple[str, np.ndarray]], count: int, storage: Storage) -
                 first += len(batch)
 
 
-def _pictures(rows: list[dict[str, Any]], storage: Storage, side: int) -> dict[str, dict[str, str | None]]:
+def _pictures(
+    rows: list[dict[str, Any]], storage: Storage, side: int, image_column: str | None
+) -> dict[str, dict[str, str | None]]:
     """Of each row's id its `picture`, or the `problem` of it. Each tar and Parquet file is read once."""
     found = {row["id"]: _shown(row["image"], side) for row in rows if row["image"] is not None}
-    inside: dict[str, list[str]] = defaultdict(list)  # of a tar or Parquet file
-    loose: dict[bool, dict[str, str]] = defaultdict(dict)  # by whether in a store: id → uri
-    for row in rows:
-        id, uri = row["id"], row["uri"]
-        if id not in found and id.startswith(f"{uri}#"):
-            inside[uri].append(id)
-        elif id not in found:
-            loose[is_remote(uri)][id] = uri
-    for uri, ids in inside.items():
-        found |= _of_unit(Unit("parquet" if uri.lower().endswith(".parquet") else "tar", uri), ids, storage, side)
-    for uris in loose.values():
-        several = list(dict.fromkeys(uris.values()))
-        by_uri = _of_unit(Unit("files", files=tuple(several)), several, storage, side)
-        found |= {id: by_uri[uri] for id, uri in uris.items()}
+    for remote in (False, True):  # apart, as a store that cannot be reached costs its own pictures alone
+        asked = [row for row in rows if row["id"] not in found and is_remote(row["uri"]) is remote]
+        try:
+            for id, data in pictures(asked, storage, image_column):
+                found[id] = _absent(data) if isinstance(data, Failure) else _shown(data, side)
+        except Exception as error:  # of the store
+            reason = explain(asked[0]["uri"], error)
+            found |= {row["id"]: _absent(reason) for row in asked if row["id"] not in found}
     return found
-
-
-def _of_unit(unit: Unit, ids: list[str], storage: Storage, side: int) -> dict[str, dict[str, str | None]]:
-    """The pictures of some of a unit's records, read until the last of them is found."""
-    missing = dict.fromkeys(ids)
-    found = {}
-    problem = "it is no longer there"
-    try:
-        for record in read(unit, storage):
-            if record.id in missing:
-                del missing[record.id]
-                found[record.id] = _shown(record.data, side) if record.data is not None else _absent(record.failure)
-            if not missing:
-                break
-    except Exception as error:  # of the store
-        problem = explain(unit.uri or ids[0], error)
-    return found | {id: _absent(problem) for id in missing}
 
 
 def _shown(data: bytes, side: int) -> dict[str, str | None]:
@@ -238,6 +218,6 @@ def _shown(data: bytes, side: int) -> dict[str, str | None]:
         return _absent(failure)
 
 
-def _absent(reason: str | Failure | None) -> dict[str, str | None]:
+def _absent(reason: str | Failure) -> dict[str, str | None]:
     text = reason.message if isinstance(reason, Failure) else reason
     return {"picture": None, "problem": f"The picture cannot be shown: {text}"}

@@ -1,0 +1,182 @@
+"""One run at a time: two that want the same output, and one that was paused while another took over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardsight.results import lock as locks
+from shardsight.results.lock import Busy, Claim, Lost, lock
+from shardsight.results.writer import Results
+from shardsight.storage import Storage
+from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, place
+from tests.test_results import rows
+
+# A run in a process of its own that can be stopped: it holds the lock, and writes whenever it is told to.
+RUN = """
+import json, sys
+from shardsight.results import lock
+from shardsight.results.writer import Results
+from shardsight.storage import Storage
+lock.HEARTBEAT = 1.5
+out, options = sys.argv[1], json.loads(sys.argv[2])
+with Results(out, Storage(options)).locked() as results:
+    print("holds", flush=True)
+    for line in sys.stdin:
+        try:
+            results.save_job({"by": "the paused one"})
+            print("written", flush=True)
+        except lock.Lost as error:
+            print(error, flush=True)
+"""
+
+
+@pytest.fixture(params=["rclone", "moto", "gcs"])
+def output(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, str]:
+    """A store, and a prefix in it; rclone's server ignores conditional writes, the others honour them."""
+    monkeypatch.setattr(locks, "HEARTBEAT", 1.5)
+    if request.param == "rclone":
+        s3: S3 = request.getfixturevalue("s3")
+        s3.bucket("bucket")
+        storage = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
+    else:
+        storage = request.getfixturevalue(request.param)
+    return storage, f"{'gs' if request.param == 'gcs' else 's3'}://bucket/{request.node.originalname}/out"
+
+
+@contextmanager
+def running(storage: Storage, out: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of `out`."""
+    command = [sys.executable, "-c", RUN, out, json.dumps(storage.options)]
+    run = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert answer(run) == "holds"
+        yield run
+    finally:
+        run.kill()
+        run.communicate()
+
+
+def answer(run: subprocess.Popen[str]) -> str:
+    assert run.stdout
+    return run.stdout.readline().strip()
+
+
+def ask(run: subprocess.Popen[str]) -> str:
+    assert run.stdin
+    print("write", file=run.stdin, flush=True)
+    return answer(run)
+
+
+def test_of_runs_that_start_together_one_gets_it(output: tuple[Storage, str]) -> None:
+    storage, out = output
+    outcomes: list[str] = []
+    together, release = threading.Barrier(3), threading.Event()
+
+    def run() -> None:
+        together.wait()
+        try:
+            with lock(out, storage):
+                outcomes.append("in")
+                release.wait(60)
+        except Busy:
+            outcomes.append("busy")
+            release.set() if outcomes.count("busy") == 2 else None
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["busy", "busy", "in"]
+    began = time.monotonic()
+    with lock(out, storage):  # what the others left is no run that lives
+        assert time.monotonic() - began < 60
+    assert not storage.is_folder(f"{out}/lock")
+
+
+@pytest.mark.parametrize("output", ["rclone", "moto"], indirect=True)  # one of each kind of lock
+def test_a_killed_run_keeps_nobody_out(output: tuple[Storage, str]) -> None:
+    storage, out = output
+    with running(storage, out) as run:
+        with pytest.raises(Busy, match="another run is writing"), lock(out, storage):
+            pass
+        run.kill()
+        run.wait()
+        with lock(out, storage):
+            pass
+
+
+def test_a_paused_run_learns_that_it_lost_its_lock(output: tuple[Storage, str]) -> None:
+    """A laptop that slept, a machine that was moved: the run wakes up, and another has written in the meantime. What it
+    still wrote would be there twice, and its job.json would hide the other's."""
+    storage, out = output
+    with running(storage, out) as run:
+        assert ask(run) == "written"
+        os.kill(run.pid, signal.SIGSTOP)
+        with Results(out, storage).locked() as results:
+            results.save_job({"by": "the other"})
+            os.kill(run.pid, signal.SIGCONT)
+            assert "lost its lock" in ask(run)
+        assert "lost its lock" in ask(run)  # even when the other has ended
+        assert storage.read(f"{out}/job.json") == b'{\n  "by": "the other"\n}'
+        with pytest.raises(Lost):
+            assert results.claim
+            Claim(out, "paused", results.claim.conditional).check(storage)
+
+
+@pytest.mark.parametrize("output", ["rclone", "moto"], indirect=True)  # one of each kind of lock
+def test_a_pause_that_nobody_used_is_no_loss(output: tuple[Storage, str]) -> None:
+    """A run that slept alone goes on."""
+    storage, out = output
+    with running(storage, out) as run:
+        os.kill(run.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.kill(run.pid, signal.SIGCONT)
+        assert ask(run) == "written"
+        with pytest.raises(Busy), lock(out, storage):
+            pass
+
+
+def test_everything_that_writes_checks_the_lock_first(output: tuple[Storage, str]) -> None:
+    """Write tasks run in other processes, on other machines, that have not slept."""
+    storage, out = output
+    with Results(out, storage).locked() as results:
+        results.write(rows([place("a", 0), place("a", 1)]), 100)
+    before = sorted(storage.walk(out))
+    error = {"stage": "decode", "type": "X", "message": "m"}
+    for write in (
+        lambda: results.write(rows([place("a", 2) | {"error": error}]), 100),
+        lambda: results.save_job({}),
+        lambda: results.drop({"a"}, np.empty(0, "S16")),
+        results.clear,
+    ):
+        with pytest.raises(Lost, match="start it again"):
+            write()
+    assert sorted(storage.walk(out)) == before
+
+
+def test_which_stores_honour_conditions(s3: S3, moto: Storage, gcs: Storage) -> None:
+    s3.bucket("bucket")
+    rclone = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
+    for storage, out, conditional in [(rclone, "s3", False), (moto, "s3", True), (gcs, "gs", True)]:
+        with lock(f"{out}://bucket/honour", storage) as claim:
+            assert claim and claim.conditional == conditional
+
+
+def test_lock_on_disk(tmp_path: Path) -> None:
+    with lock(str(tmp_path), Storage()) as claim:
+        assert claim is None
+        with pytest.raises(Busy), lock(str(tmp_path), Storage()):
+            pass
+    with lock(str(tmp_path), Storage()):
+        pass
