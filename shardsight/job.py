@@ -28,6 +28,10 @@ from shardsight.storage import Storage, StorageError, explain
 
 # A second pass over what the first lost, because a process died in it; a third that isolates each record.
 PASSES = ("all", "all", "isolated")
+# Seconds for which a store is asked again before there is a job: an address that is wrong stays wrong.
+FIRST_RETRIES = 20.0
+# Errors whose message is a sentence for the user, also where a worker raised them and Ray kept their name alone.
+_UNDERSTOOD = ("Fault", "ModelError", "StorageError", "Unavailable", "NoAccess", "Busy", "Lost")
 
 
 class Watcher(Protocol):
@@ -142,7 +146,7 @@ class _Run:
         self.results = Results(settings.output, self.storage)
         exclude = self.results.out.rstrip("/") + "/"
         self.listing = Listing(
-            *(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude),
+            *(settings.inputs, Storage(settings.storage, FIRST_RETRIES), settings.uri_column, settings.limit, exclude),
             image_column=settings.image_column,
         )
         self.listing.check()
@@ -222,7 +226,7 @@ class _Run:
     def _reason(self, error: BaseException) -> str:
         """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
         kind, said = _raised(error)
-        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in _UNDERSTOOD:
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
         try:
