@@ -247,7 +247,7 @@ def test_refusals(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detect
         ((folder, "--output", out), "--yolo"),
         ((folder, "--yolo", detector), "--output"),
         ((folder, "--output", out, "--yolo", tmp_path / "missing.pt"), "no weights at"),
-        ((folder, "--output", out, "--yolo", text), "cannot be loaded"),
+        ((folder, "--output", out, "--yolo", text), "no checkpoint at all"),
         ((folder, "--output", out, "--yolo", "yolov8n.pt"), "no weights at"),
         (("http://127.0.0.1/a.jpg", *fine), "neither a path nor"),
     ]:
