@@ -28,6 +28,10 @@ from shardsight.storage import Storage, StorageError, explain
 
 # A second pass over what the first lost, because a process died in it; a third that isolates each record.
 PASSES = ("all", "all", "isolated")
+# Seconds for which a store is asked again before there is a job: an address that is wrong stays wrong.
+FIRST_RETRIES = 20.0
+# Errors whose message is a sentence for the user, also where a worker raised them and Ray kept their name alone.
+_UNDERSTOOD = ("Fault", "ModelError", "StorageError", "Unavailable", "NoAccess", "Busy", "Lost")
 
 
 class Watcher(Protocol):
@@ -133,6 +137,7 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
     before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)  # of each stage, at the most
     stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
 
     def job(self) -> Job:
@@ -141,7 +146,7 @@ class _Run:
         self.results = Results(settings.output, self.storage)
         exclude = self.results.out.rstrip("/") + "/"
         self.listing = Listing(
-            *(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude),
+            *(settings.inputs, Storage(settings.storage, FIRST_RETRIES), settings.uri_column, settings.limit, exclude),
             image_column=settings.image_column,
         )
         self.listing.check()
@@ -221,7 +226,7 @@ class _Run:
     def _reason(self, error: BaseException) -> str:
         """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
         kind, said = _raised(error)
-        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in _UNDERSTOOD:
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
         try:
@@ -252,6 +257,7 @@ class _Run:
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
         stages = actors.plan(selection.arguments(self.models, settings), wanted, settings.gpus_per_actor)
         rows = pipeline.flow(units, load, stages, alone)
+        self.processes = actors.processes(stages)
         totals = _totals(self.done)
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
@@ -290,8 +296,15 @@ class _Run:
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
+            "bottleneck": self._bottleneck(),
             "stages": {stage: _spent(spent) for stage, spent in self.stages.items()},
         }
+
+    def _bottleneck(self) -> str | None:
+        """The stage whose processes were busiest; None where nothing was computed."""
+        busy = {stage: self.stages[stage]["clock_seconds"] / count for stage, count in self.processes.items()}
+        busiest = max(busy, key=lambda stage: busy[stage], default=None)
+        return busiest if busiest and busy[busiest] else None
 
 
 def _raised(error: BaseException) -> tuple[str, str]:

@@ -91,6 +91,8 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
         table.add_row("changed", f"{job['changed_rows']:,} rows of inputs that changed since were made anew")
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
+    if job["bottleneck"]:
+        table.add_row("bottleneck", job["bottleneck"])
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")
     table.add_row("results", f"{where}/results/*.parquet")
     console.print(table, highlight=False)

@@ -191,6 +191,7 @@ def meaning(entries: list[Entry], index: int, depth: int = 0) -> bytes | None:
     st.sampled_from(list(COMPRESS)),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
 )
+@example([("a.jpg", b"0", "a.jpg"), ("a.jpg", b"5", "a.jpg"), ("a.jpg", b"1", "a.jpg")], 0, "tar", tarfile.PAX_FORMAT)
 @settings(max_examples=150)
 def test_every_member_is_accounted_for(
     drawn: list[tuple[str, bytes, str]], joint: int, ending: str, format: int

@@ -107,8 +107,9 @@ class _Index:
         names, offsets = array("Q"), array("q")
         try:
             for member in _members(self.tar, file):
-                names.append(_hash(_normal(member.name)))
-                offsets.append(member.offset)
+                if not member.isdir():
+                    names.append(_hash(_normal(member.name)))
+                    offsets.append(member.offset)
         except Failure:  # where the archive is damaged; links into what comes before still lead somewhere
             pass
         order = np.lexsort((offsets, names))
@@ -154,10 +155,9 @@ class _Index:
         assert self.tar.fileobj
         self.tar.fileobj.seek(int(offsets[-1]))
         try:
-            member = Member.fromtarfile(self.tar)
+            return Member.fromtarfile(self.tar)
         except (tarfile.TarError, OSError) as error:
             raise Failure("BrokenLink", f"where it leads, the archive cannot be read: {error}") from None
-        return None if member.isdir() else member
 
 
 def _members(tar: tarfile.TarFile, file: io.BufferedReader) -> Iterator[Member]:
