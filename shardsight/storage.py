@@ -1,16 +1,16 @@
-"""Local paths and s3://, gs:// and az:// uris alike: list, read with retries, write all or nothing."""
+"""Local paths and s3://, gs:// and az:// uris alike: list, read with retries, write atomically."""
 
 import io
 import os
 import random
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from shardsight.row import version_of
-from shardsight.stores import (
+from shardsight.object_stores import (
     OPTIONS,
     S3,
     Azure,
@@ -23,11 +23,12 @@ from shardsight.stores import (
     Store,
     Unavailable,
 )
+from shardsight.row import version_of
 
 __all__ = ["OPTIONS", "Entry", "Storage", "StorageError", "explain", "is_hidden", "is_remote"]
 
-CHUNK = 8 << 20  # of a remote file read in order: large enough to be fast, small enough to ask again
-RETRY_SECONDS = 300.0  # that a store may be away in the middle of a job
+CHUNK = 8 << 20  # bytes per request of a remote file: large enough to be fast, small enough to repeat
+RETRY_SECONDS = 300.0  # for which a store may be unavailable in the middle of a job
 _SERVICES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az", "abfss": "az"}  # scheme → key of OPTIONS
 _EXTRAS = {"gcsfs": "gcs", "adlfs": "azure"}  # module → extra of this package
 
@@ -35,8 +36,8 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """A file or an object. size: in bytes; version: as row.version_of. Both are None where a file cannot be looked at,
-    such as a link that leads nowhere."""
+    """A file or an object. size: in bytes; version: as row.version_of. Both are None for what cannot be examined, such
+    as a broken link."""
 
     uri: str
     size: int | None
@@ -46,18 +47,18 @@ class Entry(NamedTuple):
 @dataclass(frozen=True)
 class Storage:
     """options: those of `--storage`, of which each service takes its own (see OPTIONS); what is missing comes from the
-    environment. retry_seconds: for how long requests are repeated, with exponential backoff, while a store is away.
+    environment. retry_seconds: for how long requests to an unavailable store are repeated, with exponential backoff.
 
-    A key of a store is used exactly as it is listed. Of a store, every method raises FileNotFoundError (MissingBucket,
-    MissingObject), PermissionError, Rejected (a ValueError) for what that uri caused, and StorageError for what makes
-    the store useless: NoAccess, and Unavailable once the retries are used up.
+    Keys of objects are used exactly as they are listed. For a uri of a store, every method raises FileNotFoundError
+    (MissingBucket, MissingObject), PermissionError or Rejected (a ValueError) if this uri is the cause, and
+    StorageError if the store cannot be used at all: NoAccess, or Unavailable after the last retry.
     """
 
     options: dict[str, str] = field(default_factory=dict)
     retry_seconds: float = RETRY_SECONDS
     _stores: dict[tuple[str, str], Store] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def __reduce__(self) -> Any:  # connections stay where they are
+    def __reduce__(self) -> Any:  # connections cannot be pickled
         return type(self), (self.options, self.retry_seconds)
 
     def read(self, uri: str) -> bytes:
@@ -67,59 +68,58 @@ class Storage:
         return self._ask(uri, lambda store, bucket, key: store.get(bucket, key))
 
     def read_range(self, uri: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object of a store, which has that many."""
+        """Bytes [start, stop) of an object of a store, which must not end before `stop`."""
 
         def get(store: Store, bucket: str, key: str) -> bytes:
             data = store.get(bucket, key, start, stop)
             if len(data) != stop - start:
-                raise Unavailable(f"{len(data)} bytes came of {stop - start}")
+                raise Unavailable(f"received {len(data)} of {stop - start} bytes")
             return data
 
         return self._ask(uri, get)
 
     def info(self, uri: str) -> Entry:
         if not is_remote(uri):
-            found = os.stat(uri)
-            return Entry(uri, found.st_size, version_of(found.st_size, found.st_mtime_ns))
+            return _local_entry(uri)
         return _entry(uri, self._ask(uri, lambda store, bucket, key: store.head(bucket, key)))
 
     def size(self, uri: str) -> int:
         return self.info(uri).size or 0
 
     def open(self, uri: str) -> BinaryIO:
-        """A seekable file that holds no more than a chunk of a remote one in memory."""
+        """A seekable file, of which no more than a chunk is in memory."""
         if not is_remote(uri):
             return open(uri, "rb")
         return io.BufferedReader(_RemoteFile(self, uri), 1 << 20)
 
     def write(self, uri: str, data: bytes) -> None:
-        """Readers see the whole of it or nothing, and what was there before is replaced."""
+        """Create or replace atomically: readers see the file before or after the write, never a part of it."""
         if is_remote(uri):
             self._ask(uri, lambda store, bucket, key: store.put(bucket, key, data))
             return
         folder, name = os.path.split(uri)
-        handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        path = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(path, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(path, 0o666 & ~_umask())
             os.replace(path, uri)
         except BaseException:
-            os.unlink(path)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
             raise
 
     def write_if(self, uri: str, data: bytes, tag: str) -> str:
         """Write an object of a store only if it still has this tag; with "", only if there is none.
 
-        Returns its new tag. Raises Changed or MissingObject, unless the store ignores conditions, as some do. A write
-        that is repeated since its answer was lost raises Changed, too, although it succeeded.
+        Returns its new tag. Raises Changed or MissingObject, unless the store ignores conditions, as some do. When the
+        response to a successful write is lost, its retry raises Changed.
         """
         return self._ask(uri, lambda store, bucket, key: store.put(bucket, key, data, tag))
 
     def tag(self, uri: str) -> str:
-        """Of an object of a store, for `write_if`."""
+        """The tag of an object of a store, for `write_if`."""
         return self._ask(uri, lambda store, bucket, key: store.head(bucket, key)).tag
 
     def remove(self, uri: str) -> None:
@@ -138,21 +138,21 @@ class Storage:
         return True
 
     def is_folder(self, uri: str) -> bool:
-        """Whether something lies below a path or a prefix."""
+        """Whether a path is a folder, or a prefix holds a file that is not hidden."""
         if is_remote(uri):
             return next(self.walk(uri), None) is not None
         return os.path.isdir(uri)
 
     def walk(self, uri: str, hidden: bool = False) -> Iterator[Entry]:
-        """Every file below a folder or prefix, in a stable order and a page at a time; `hidden` ones if asked for."""
+        """Every file below a folder or prefix, in a stable order, listed a page at a time."""
         prefix = uri.rstrip("/") + "/"
         if not is_remote(uri):
             yield from _walk_local(prefix, hidden)
             return
+        root = prefix[: len(prefix) - len(_split(prefix)[2])]
         token: str | None = None
         while True:
             items, token = self._ask(prefix, lambda store, bucket, key: store.page(bucket, key, token))  # noqa: B023
-            root = prefix[: len(prefix) - len(_split(prefix)[2])]
             for item in items:
                 found = root + item.key
                 if not found.endswith("/") and (hidden or not is_hidden(found, prefix)):
@@ -161,24 +161,22 @@ class Storage:
                 return
 
     def filesystem(self, uri: str) -> Any:
-        """That of fsspec for the store of a uri, in which its path is BUCKET/KEY."""
+        """The filesystem of fsspec for a uri of a store; the path in it is BUCKET/KEY."""
         service, bucket, _ = _split(uri)
         return self._store(uri, service, bucket).filesystem
 
     def _ask(self, uri: str, request: Callable[[Store, str, str], T]) -> T:
-        """Repeat a request, with exponential backoff, as long as the store's trouble can pass."""
+        """Run a request, and repeat it with exponential backoff while the store is unavailable."""
         deadline, pause = time.monotonic() + self.retry_seconds, 0.5
         service, bucket, key = _split(uri)
         store = self._store(uri, service, bucket)
         while True:
             try:
                 return request(store, bucket.partition("@")[0], key)
-            except NoAccess as error:
-                raise NoAccess(_sentence(uri, error)) from error
-            except Unavailable as error:
-                if time.monotonic() + pause > deadline:
-                    raise Unavailable(_sentence(uri, error)) from error
-            time.sleep(random.uniform(pause / 2, pause))  # not all at once, where a thousand tasks were refused
+            except (NoAccess, Unavailable) as error:
+                if isinstance(error, NoAccess) or time.monotonic() + pause > deadline:
+                    raise type(error)(_sentence(uri, error)) from error
+            time.sleep(random.uniform(pause / 2, pause))  # so that a thousand tasks do not return at the same time
             pause = min(2 * pause, 15)
 
     def _store(self, uri: str, service: str, bucket: str) -> Store:
@@ -197,7 +195,7 @@ class Storage:
                 if extra is None:
                     raise
                 raise StorageError(f"{uri} needs {error.name}: pip install 'shardsight[{extra}]'") from None
-            except (ValueError, OSError) as error:  # of what the options or the environment say
+            except (ValueError, OSError) as error:  # invalid options or environment
                 raise NoAccess(_sentence(uri, NoAccess(str(error)))) from error
         return self._stores[service, account]
 
@@ -207,12 +205,12 @@ def is_remote(uri: str) -> bool:
 
 
 def is_hidden(uri: str, root: str) -> bool:
-    """Whether a file below a folder or prefix, or a folder between, has a name that begins with a dot."""
+    """Whether a file, or a folder between it and `root`, has a name that begins with a dot."""
     return "/." in uri[len(root.rstrip("/")) :]
 
 
 def explain(uri: str, error: Exception) -> str:
-    """An error of a file or a store as one sentence that says what to do."""
+    """An error of a file or a store as one sentence that says what to do about it."""
     return str(error) if isinstance(error, StorageError) else _sentence(uri, error)
 
 
@@ -250,18 +248,17 @@ def _entry(uri: str, item: Item) -> Entry:
     return Entry(uri, item.size, version_of(item.size, item.tag))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _local_entry(path: str) -> Entry:
+    found = os.stat(path)
+    return Entry(path, found.st_size, version_of(found.st_size, found.st_mtime_ns))
 
 
 def _walk_local(folder: str, hidden: bool, above: frozenset[str] = frozenset()) -> Iterator[Entry]:
-    """folder: with a slash at its end."""
+    """folder: with a slash at its end. above: the real paths of the folders that it is in."""
     real = os.path.realpath(folder)
-    if real in above:  # a link back to a folder that we are in
+    if real in above:  # a link to a folder above
         return
-    with os.scandir(folder) as listing:  # names, since a million entries of it take four times the memory
+    with os.scandir(folder) as listing:  # names alone, as a million DirEntry objects take four times the memory
         names = [entry.name + "/" * entry.is_dir() for entry in listing if hidden or not entry.name.startswith(".")]
     for name in sorted(names):
         path = folder + name
@@ -269,15 +266,13 @@ def _walk_local(folder: str, hidden: bool, above: frozenset[str] = frozenset()) 
             yield from _walk_local(path, hidden, above | {real})
             continue
         try:
-            found = os.stat(path)
+            yield _local_entry(path)
         except OSError:
             yield Entry(path, None, None)
-        else:
-            yield Entry(path, found.st_size, version_of(found.st_size, found.st_mtime_ns))
 
 
 class _RemoteFile(io.RawIOBase):
-    """Reads by ranges, each asked again when the store cuts it short."""
+    """An object of a store, read by ranges of a chunk."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
         self.storage, self.uri = storage, uri
@@ -296,15 +291,12 @@ class _RemoteFile(io.RawIOBase):
         self.position = max(0, base + offset)
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, buffer: Any) -> int:
         if self.position >= self.length:
             return 0
         if not self.start <= self.position < self.start + len(self.chunk):
-            self.start, end = self.position, min(self.position + CHUNK, self.length)
-            self.chunk = self.storage.read_range(self.uri, self.start, end)
+            stop = min(self.position + CHUNK, self.length)
+            self.start, self.chunk = self.position, self.storage.read_range(self.uri, self.position, stop)
         offset = self.position - self.start
         part = self.chunk[offset : offset + len(buffer)]
         buffer[: len(part)] = part

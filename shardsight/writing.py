@@ -1,4 +1,4 @@
-"""Rows as they come out of the flow → results files, full ones, and only so many at a time."""
+"""Rows from the flow → full results files, with a bounded number of writes in flight."""
 
 import time
 from collections import deque
@@ -12,34 +12,33 @@ from ray.data import Dataset
 
 from shardsight.results.writer import Results, Written
 
-# A file is written when it is full, or at the latest after so long: what a kill can cost.
+# Rows are written when a file is full, and at the latest after so much: a killed job loses no more.
 BYTES, SECONDS = 128 << 20, 20.0
-# Writes under way at once. With a slow store the blocks of more of them would fill the object store; so the flow, and
-# with it the models, wait instead.
+# Writes in flight. With a slow store, the blocks of more would fill Ray's object store; instead the flow waits.
 WRITES = 4
 
 
 @dataclass
-class _Waiting:
-    """Blocks that are not yet written: reference, rows and bytes of each. skip: rows of the first that are."""
+class _Pending:
+    """Blocks to write, as bundles of Ray Data hold them. skip: rows of the first block that are already written."""
 
-    blocks: deque[tuple[Any, int, int]] = field(default_factory=deque)
+    blocks: deque[Any] = field(default_factory=deque)
     skip: int = 0
 
     @property
     def rows(self) -> int:
-        return sum(rows for _, rows, _ in self.blocks) - self.skip
+        return sum(block.metadata.num_rows for block in self.blocks) - self.skip
 
     @property
     def size(self) -> int:
-        return sum(size for _, _, size in self.blocks)
+        return sum(block.metadata.size_bytes for block in self.blocks)
 
     def take(self, count: int) -> tuple[int, list[Any]]:
-        """The blocks that hold the next `count` rows, and where these begin in them."""
+        """The next `count` rows: the index of the first in its block, and references to the blocks."""
         begin, end, taken = self.skip, self.skip + count, []
         while end > 0:
-            reference, rows, _ = self.blocks[0]
-            taken.append(reference)
+            taken.append(self.blocks[0].ref)
+            rows = self.blocks[0].metadata.num_rows
             if end < rows:
                 break
             end -= rows
@@ -54,32 +53,31 @@ def _write(results: Results, rows_per_file: int, begin: int, count: int, *blocks
 
 
 def run(rows: Dataset, results: Results, rows_per_file: int) -> Iterator[tuple[int, list[Written]]]:
-    """Write rows as they come; yields how many came and what was written. Interrupted, it writes what it has.
+    """Write rows as they come; yields how many came and what was written. If interrupted, writes those that came.
 
-    Files hold `rows_per_file` rows; what is over waits for the next ones, but no longer than SECONDS and BYTES allow.
+    Files hold `rows_per_file` rows; what is left over is written with later rows, or when SECONDS or BYTES are reached.
     """
-    waiting, since = _Waiting(), time.monotonic()
+    pending, last_write = _Pending(), time.monotonic()
     writing: list[Any] = []
 
     def write(count: int) -> Any:
-        begin, blocks = waiting.take(count)
+        begin, blocks = pending.take(count)
         return _write.remote(results, rows_per_file, begin, count, *blocks)
 
     try:
         for bundle in rows.iter_internal_ref_bundles():
-            blocks = ((entry.ref, entry.metadata) for entry in bundle.blocks)
-            waiting.blocks.extend((block, about.num_rows, about.size_bytes) for block, about in blocks)
-            due = waiting.size >= BYTES or time.monotonic() - since >= SECONDS
-            count = waiting.rows if due else waiting.rows // rows_per_file * rows_per_file
+            pending.blocks.extend(bundle.blocks)
+            due = pending.size >= BYTES or time.monotonic() - last_write >= SECONDS
+            count = pending.rows if due else pending.rows // rows_per_file * rows_per_file
             if count:
                 if len(writing) >= WRITES:
                     ray.wait(writing, num_returns=len(writing) - WRITES + 1)
                 writing.append(write(count))
-                since = time.monotonic()
+                last_write = time.monotonic()
             finished, writing = ray.wait(writing, num_returns=len(writing), timeout=0) if writing else ([], [])
             yield bundle.num_rows() or 0, ray.get(finished)
     finally:
-        if waiting.rows:
-            writing.append(write(waiting.rows))
+        if pending.rows:
+            writing.append(write(pending.rows))
         last = ray.get(writing)
     yield 0, last

@@ -42,7 +42,7 @@ with Results(out, Storage(options)).locked() as results:
 
 @pytest.fixture(params=["rclone", "moto", "gcs"])
 def output(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, str]:
-    """A store, and a prefix in it; rclone's server ignores conditional writes, the others honour them."""
+    """A store, and a prefix in it; rclone's server ignores conditional writes, the others support them."""
     monkeypatch.setattr(locks, "HEARTBEAT", 1.5)
     if request.param == "rclone":
         s3: S3 = request.getfixturevalue("s3")
@@ -165,7 +165,7 @@ def test_everything_that_writes_checks_the_lock_first(output: tuple[Storage, str
     assert sorted(storage.walk(out)) == before
 
 
-def test_which_stores_honour_conditions(s3: S3, moto: Storage, gcs: Storage) -> None:
+def test_which_stores_support_conditions(s3: S3, moto: Storage, gcs: Storage) -> None:
     s3.bucket("bucket")
     rclone = Storage({"endpoint_url": s3.url, "key": S3_KEY, "secret": S3_SECRET})
     for storage, out, conditional in [(rclone, "s3", False), (moto, "s3", True), (gcs, "gs", True)]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from shardsight.object_stores import Changed, MissingBucket, MissingObject, NoAccess, Rejected, Unavailable
 from shardsight.storage import Entry, Storage, StorageError, explain, is_remote
-from shardsight.stores import Changed, MissingBucket, MissingObject, NoAccess, Rejected, Unavailable
 from tests.conftest import S3, S3_KEY, S3_SECRET, Listener
 
 ODD_KEYS = [

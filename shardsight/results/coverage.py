@@ -1,7 +1,7 @@
-"""Which inputs are done: frames of records of units as ranges, loose files as hashes of their ids.
+"""Which inputs are done: of units, ranges of records and of their frames; of loose files, hashes of their ids.
 
-A place is (unit, record, frame). A picture is a record of one frame, 0. A unit's last record, and a record's last
-frame, say that they are the last, so that totals are evidence too.
+A place is (unit, record, frame). A picture is a record of one frame, 0. A unit's last record and a record's last frame
+are marked as such, so that totals are proven by rows too.
 """
 
 import base64
@@ -15,7 +15,7 @@ import numpy as np
 
 from shardsight.row import digest
 
-Ranges = list[tuple[int, int]]  # half-open, in order, neither touching nor overlapping
+Ranges = list[tuple[int, int]]  # half-open, sorted, neither adjacent nor overlapping
 
 _HASH = np.dtype("S16")
 _VERSION = np.dtype("<u8")
@@ -42,12 +42,12 @@ def hashes(ids: Iterable[str]) -> np.ndarray:
 
 
 def versions(texts: Iterable[str | None]) -> np.ndarray:
-    """As of row.version_of → dtype uint64; 0 for an unknown one."""
+    """Versions as of row.version_of → dtype uint64, 0 for None."""
     return np.array([int(text or "0", 16) for text in texts], _VERSION)
 
 
 class Hashes:
-    """A set of hashes at 16 bytes each: sorted runs, of which a longer never follows a shorter."""
+    """A set of hashes at 16 bytes each: sorted arrays, each shorter than the one before it."""
 
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
@@ -56,7 +56,7 @@ class Hashes:
         return sum(map(len, self.runs))
 
     def add(self, wanted: np.ndarray, limit: int | None = None) -> np.ndarray:
-        """Add the first `limit` of those that are new; returns which were, bool (n,)."""
+        """Add the new ones among `wanted`, at most the first `limit` of them; returns which, bool (n,)."""
         new = np.zeros(len(wanted), bool)
         new[np.unique(wanted, return_index=True)[1]] = True
         for run in self.runs:
@@ -70,26 +70,30 @@ class Hashes:
         return new
 
     def within(self, other: np.ndarray) -> bool:
-        """Whether all of them are in a sorted array."""
+        """Whether a sorted array holds all of them."""
         return all(among(run, other).all() for run in self.runs)
 
 
 def among(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Which of `wanted` are in the sorted `known`, bool (n,)."""
-    return np.asarray(_nearest(wanted, known) == wanted) if len(known) else np.zeros(len(wanted), bool)
+    return _indices(wanted, known) >= 0
 
 
-def _nearest(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
-    return known[np.searchsorted(known, wanted).clip(max=len(known) - 1)]
+def _indices(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where each of `wanted` is in the sorted `known`, int64 (n,); -1 where it is not."""
+    if not len(known):
+        return np.full(len(wanted), -1)
+    at = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(known[at] == wanted, at, -1)
 
 
 @dataclass
 class UnitCoverage:
     """What is done of a unit.
 
-    records: those of which every frame is done. frames: record → frames done, of records that have begun. lengths:
-    record → how many frames it has, where that is known and not 1. total: how many records the unit has, where its
-    last is known. version: of its file when it was read. ignored: reason → entries that hold no picture.
+    records: those of which every frame is done. frames: record → frames done, of records that are done in part.
+    lengths: record → its number of frames, where known and not 1. total: the unit's number of records, where known.
+    version: of its file when it was read. ignored: reason → number of its entries that hold no picture.
     """
 
     records: Ranges = field(default_factory=list)
@@ -114,29 +118,22 @@ class UnitCoverage:
         return any(start <= record < stop for start, stop in self.records)
 
     def places(self) -> Iterator[dict[str, Any]]:
-        """The place of each row, in their order: see row.PLACE."""
-        whole = [(start, stop, None) for start, stop in self.records]
-        begun = [(record, record + 1, ranges) for record, ranges in self.frames.items()]
-        for start, stop, ranges in sorted([*whole, *begun], key=lambda entry: entry[0]):
-            for record in range(start, stop):
-                length = self.lengths.get(record, 1 if ranges is None else None)
-                last = record + 1 == self.total
-                for first, end in ranges or [(0, length or 0)]:
-                    for frame in range(first, end):
-                        place: dict[str, Any] = {
-                            "record": record,
-                            "last_record": last,
-                            "frame_number": frame,
-                            "last_frame": False,
-                        }
-                        place |= {"version": self.version, "ignored": None}
-                        if frame + 1 == length:
-                            place |= {"last_frame": True, "ignored": json.dumps(self.ignored) if last else None}
-                        yield place
+        """The place of each row, but for its unit, in order: see row.PLACE."""
+        whole = {record: [(0, self.lengths.get(record, 1))] for a, b in self.records for record in range(a, b)}
+        for record, ranges in sorted((whole | self.frames).items()):
+            last_record = record + 1 == self.total
+            length = self.lengths.get(record, None if record in self.frames else 1)
+            for frame in (frame for start, stop in ranges for frame in range(start, stop)):
+                last_frame = frame + 1 == length
+                yield {
+                    **{"record": record, "last_record": last_record, "frame_number": frame, "last_frame": last_frame},
+                    "version": self.version,
+                    "ignored": json.dumps(self.ignored) if last_record and last_frame else None,
+                }
 
     @staticmethod
     def union(parts: Iterable["UnitCoverage"]) -> "UnitCoverage":
-        """What all of them have done. A version of one that differs from the others' is the caller's to notice."""
+        """What is done in any of them. They are expected to be of one version."""
         whole: list[tuple[int, int]] = []
         frames: dict[int, list[tuple[int, int]]] = {}
         made = UnitCoverage()
@@ -149,14 +146,13 @@ class UnitCoverage:
             for record, ranges in part.frames.items():
                 frames.setdefault(record, []).extend(ranges)
         made.frames = {record: merge(ranges) for record, ranges in frames.items()}
-        # A record of one frame that is begun is done: only others' frames come in parts.
         done = [record for record, ranges in made.frames.items() if ranges == [(0, made.lengths.get(record))]]
         made.records = merge([*whole, *((record, record + 1) for record in done)])
         made.frames = {record: ranges for record, ranges in made.frames.items() if not made.has(record)}
         return made
 
     def content(self) -> dict[str, Any]:
-        """For JSON, of which what is empty is left out."""
+        """For JSON, without fields that are empty."""
         content = {name: value for name, value in vars(self).items() if value not in (None, [], {})}
         for name in ("frames", "lengths"):
             if name in content:
@@ -175,10 +171,10 @@ class UnitCoverage:
 
 @dataclass
 class Coverage:
-    """What a results file holds, or all of them together.
+    """What a results file holds, or several together.
 
-    units: by their names. files: sorted hashes of loose files' ids; file_versions: theirs, as of `versions`. rows: how
-    many there are, which is more than `places` when one of them is there twice. errors: (stage, type) → rows.
+    units: by name. files: sorted hashes of loose files' ids. file_versions: their versions, as of `versions`. rows:
+    their number, which is more than `places` if some are there twice. errors: (stage, type) → number of rows.
     """
 
     units: dict[str, UnitCoverage] = field(default_factory=dict)
@@ -195,16 +191,20 @@ class Coverage:
             if row["unit"] is None:
                 continue
             unit = units.setdefault(row["unit"], UnitCoverage(version=row["version"]))
-            unit.frames.setdefault(row["record"], []).append((row["frame_number"], row["frame_number"] + 1))
-            if row["last_frame"]:
-                unit.lengths[row["record"]] = row["frame_number"] + 1
+            record, frame = row["record"], row["frame_number"]
+            if row["last_frame"] and frame == 0:
+                unit.records.append((record, record + 1))
+            else:
+                unit.frames.setdefault(record, []).append((frame, frame + 1))
+                if row["last_frame"]:
+                    unit.lengths[record] = frame + 1
             if row["last_record"]:
-                unit.total = row["record"] + 1
+                unit.total = record + 1
             unit.ignored |= json.loads(row["ignored"] or "{}")
         loose = [row for row in rows if row["unit"] is None]
         files, first = np.unique(hashes(row["id"] for row in loose), return_index=True)
         return Coverage(
-            {name: _without_ones(UnitCoverage.union([unit])) for name, unit in units.items()},
+            {name: UnitCoverage.union([unit]) for name, unit in units.items()},
             files,
             versions(row["version"] for row in loose)[first],
             len(rows),
@@ -213,9 +213,7 @@ class Coverage:
 
     @staticmethod
     def union(parts: Iterable["Coverage"]) -> "Coverage":
-        parts = list(parts)
-        if not parts:
-            return Coverage()
+        parts = [Coverage(), *parts]
         units: dict[str, list[UnitCoverage]] = {}
         for part in parts:
             for name, unit in part.units.items():
@@ -236,14 +234,12 @@ class Coverage:
 
     @property
     def ignored(self) -> Counter[str]:
-        """Reason → entries of units that hold no picture."""
+        """Reason → number of entries of units that hold no picture."""
         return sum((Counter(unit.ignored) for unit in self.units.values()), Counter())
 
     def of_rows(self, ids: list[str]) -> list[dict[str, Any]]:
-        """row.PLACE of each row of a results file, whose rows are in the order of units, then loose files.
-
-        ids: of the file's rows.
-        """
+        """row.PLACE of each row of a results file, whose rows are in the order of units, then loose files. ids: of its
+        rows."""
         found = [{"unit": name} | place for name, unit in sorted(self.units.items()) for place in unit.places()]
         loose = hashes(ids[len(found) :])
         known = dict(zip(self.files.tolist(), self.file_versions.tolist(), strict=True))
@@ -257,12 +253,9 @@ class Coverage:
         return among(files, self.files)
 
     def changed(self, files: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """Which loose files are done in another version than they have `now`, bool (n,)."""
-        if not len(self.files):
-            return np.zeros(len(files), bool)
-        at = np.searchsorted(self.files, files).clip(max=len(self.files) - 1)
-        then = self.file_versions[at]
-        return np.asarray((self.files[at] == files) & (then != 0) & (now != 0) & (then != now))
+        """Which loose files are done in another version than the one they have `now`, bool (n,)."""
+        then = np.append(self.file_versions, _VERSION.type(0))[_indices(files, self.files)]  # 0 at -1, if not done
+        return np.asarray((then != 0) & (now != 0) & (then != now))
 
     def dumps(self) -> bytes:
         content = {
@@ -276,7 +269,7 @@ class Coverage:
 
     @staticmethod
     def loads(data: bytes) -> "Coverage":
-        """Raises ValueError, KeyError and TypeError for what `dumps` did not write."""
+        """Raises ValueError, KeyError or TypeError for data that `dumps` did not write."""
         content = json.loads(data)
         units = {}
         for name, unit in content["units"].items():
@@ -292,8 +285,3 @@ class Coverage:
             content["rows"],
             Counter({(stage, type): count for stage, type, count in content["errors"]}),
         )
-
-
-def _without_ones(unit: UnitCoverage) -> UnitCoverage:
-    unit.lengths = {record: length for record, length in unit.lengths.items() if length != 1}
-    return unit

@@ -1,7 +1,7 @@
-"""One run at a time for an output: on disks by a lock of the kernel's, in stores by an object that is renewed.
+"""One run at a time for an output: on a disk by a lock of the kernel, in a store by an object that the run renews.
 
-Whoever writes for a run of a store checks first that the run still holds its output: a run that was paused, or cut off
-from the store, for longer than LIVES heartbeats is taken for dead, and another may have begun.
+A run that was paused, or cut off from the store, for longer than LIVES heartbeats is considered dead, and another may
+have started. So each process that writes to a store first checks that its run still holds the output.
 """
 
 import fcntl
@@ -12,13 +12,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
+from shardsight.object_stores import Changed, MissingObject, Rejected
 from shardsight.storage import Storage, StorageError, explain, is_remote
-from shardsight.stores import Changed, MissingObject, Rejected
 
 HEARTBEAT = 2.0  # seconds between the renewals of a lock in a store
-LIVES = 3  # heartbeats without a renewal, after which a run is taken for dead
+LIVES = 3  # heartbeats without a renewal after which a run is considered dead
 
 
 class Busy(StorageError):
@@ -31,10 +31,10 @@ class Lost(StorageError):
 
 @dataclass(frozen=True)
 class Claim:
-    """That a run holds an output in a store. It travels to each process that writes for the run.
+    """A run's claim to an output in a store, passed to each process that writes for the run.
 
-    out: the output. name: of the run. conditional: whether the store honours conditional writes; the lock is then one
-    object, else each run has an object of its own.
+    name: of the run. conditional: whether the store supports conditional writes; the lock is then one object, else each
+    run has an object of its own in a folder.
     """
 
     out: str
@@ -43,20 +43,21 @@ class Claim:
 
     @property
     def lock(self) -> str:
-        """The uri of the lock, where the store honours conditional writes."""
+        """The uri of the one object."""
         return f"{self.out.rstrip('/')}/.lock"
 
     @property
     def folder(self) -> str:
-        """Of the runs' objects, where it does not."""
+        """The prefix of the runs' objects."""
         return f"{self.out.rstrip('/')}/lock"
 
     @property
     def own(self) -> str:
+        """The uri of this run's object."""
         return f"{self.folder}/{self.name}"
 
     def check(self, storage: Storage) -> None:
-        """Raises Lost. One request: a GET of the lock, or a listing that holds this run's object alone."""
+        """Raises Lost. Takes one request: a GET of the lock, or a listing, which has only this run's object."""
         if self.conditional:
             state = _state(storage, self.lock) or {}
             held = state.get("name") == self.name and state["state"] == "holding"
@@ -73,17 +74,17 @@ class Claim:
 
 @contextmanager
 def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
-    """Keep other runs out of an output folder, which is there, or prefix. Yields what its writers have to check, in a
-    store. Raises Busy; what a killed run left behind keeps nobody out.
+    """Lock an output: a prefix of a store, for which it yields the claim that writers have to check, or an existing
+    folder. Raises Busy if another run holds it; a lock that a killed run left behind is taken over.
 
-    On a disk the lock is flock's: a network file system that does not hand it on to its server (NFS mounted with
-    `nolock`) keeps out the runs of the same machine only.
+    On a disk this is flock: on a network file system that does not pass it to its server (NFS mounted with `nolock`),
+    only runs on the same machine exclude each other.
     """
     busy = f"another run is writing to {out}: wait for it, or choose another --output"
     if not is_remote(out):
         with open(f"{out}/.lock", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when the process ends
             except BlockingIOError:
                 raise Busy(busy) from None
             except OSError as error:
@@ -92,10 +93,10 @@ def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
         return
     name, stop = uuid.uuid4().hex, threading.Event()
     try:
-        claim = Claim(out, name, _honours_conditions(f"{out.rstrip('/')}/.lock-{name}", storage))
+        claim = Claim(out, name, _supports_conditions(f"{out.rstrip('/')}/.lock-{name}", storage))
     except (OSError, Rejected) as error:
         raise StorageError(explain(out, error)) from error
-    holder: _Holder = _OneObject(claim, storage) if claim.conditional else _Objects(claim, storage)
+    holder = _ConditionalLock(claim, storage) if claim.conditional else _ListedLock(claim, storage)
     thread = threading.Thread(target=_keep_alive, args=(holder, replace(storage, retry_seconds=0.0), stop), daemon=True)
     thread.start()
     try:
@@ -105,21 +106,21 @@ def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
     finally:
         stop.set()
         thread.join()
-        with suppress(FileNotFoundError, StorageError):  # else it is taken for dead, soon enough
+        with suppress(FileNotFoundError, StorageError):  # then other runs wait until it is considered dead
             holder.release()
 
 
-def _honours_conditions(uri: str, storage: Storage) -> bool:
-    """Whether a store refuses to write an object that is in another state than asked for; rclone's, for one, writes."""
+def _supports_conditions(uri: str, storage: Storage) -> bool:
+    """Whether a store refuses a write whose condition does not hold. rclone's server, for one, ignores conditions."""
     try:
         first = _write_if(storage, uri, {"beats": 1}, "")
         _write_if(storage, uri, {"beats": 2}, first)
-        honours = all(_refuses(storage, uri, tag) for tag in ("", first))
-    except Rejected:  # by a store that knows no conditions, and says so
-        honours = False
+        supports = all(_refuses(storage, uri, tag) for tag in ("", first))
+    except Rejected:  # a store that knows no conditions, and says so
+        supports = False
     with suppress(FileNotFoundError):
         storage.remove(uri)
-    return honours
+    return supports
 
 
 def _refuses(storage: Storage, uri: str, tag: str) -> bool:
@@ -131,57 +132,38 @@ def _refuses(storage: Storage, uri: str, tag: str) -> bool:
 
 
 def _write_if(storage: Storage, uri: str, state: dict[str, Any], tag: str) -> str:
-    """As Storage.write_if, also where the answer to a write that succeeded is lost. Raises Changed."""
+    """As Storage.write_if, but succeeds too if the response to a successful write was lost. Raises Changed."""
     try:
         return storage.write_if(uri, json.dumps(state).encode(), tag)
     except (Changed, MissingObject) as error:
         with suppress(MissingObject):
-            now = storage.tag(uri)  # before the content, so that it is never newer than that
+            now = storage.tag(uri)  # first, so that the tag is never newer than the content
             if _state(storage, uri) == state:
                 return now
         raise Changed(str(error)) from error
 
 
 def _state(storage: Storage, uri: str) -> dict[str, Any] | None:
-    """What an object of a lock says; None where there is none."""
+    """The content of a lock's object; None if there is none."""
     try:
-        state: dict[str, Any] = json.loads(storage.read(uri))
-        return state
+        return json.loads(storage.read(uri))
     except FileNotFoundError:
         return None
 
 
-class _Holder(Protocol):
-    def acquire(self) -> bool:
-        """Whether this run holds the output now."""
-        ...
+class _ConditionalLock:
+    """A lock of one object, `.lock`, which each run writes only if it is unchanged since the run read it.
 
-    def renew(self, storage: Storage) -> None:
-        """Show that this run is alive."""
-        ...
-
-    def release(self) -> None: ...
-
-
-def _keep_alive(holder: _Holder, storage: Storage, stop: threading.Event) -> None:
-    """A heartbeat that fails is followed by the next: once the store is back, nobody must take the run for dead."""
-    while not stop.wait(HEARTBEAT):
-        with suppress(Exception):
-            holder.renew(storage)
-
-
-class _OneObject:
-    """A lock out of one object, `.lock`, that is written only by who knows its last state; it is left behind.
-
-    A run that finds it held watches for LIVES heartbeats whether it changes, and takes it over if not.
+    A run that finds it held waits for LIVES heartbeats, and takes it over if it was not renewed. It is never removed.
     """
 
     def __init__(self, claim: Claim, storage: Storage) -> None:
         self.claim, self.storage = claim, storage
         self.beats = 0
-        self.tag = ""  # of the object as this run wrote it; empty as long as it has not
+        self.tag = ""  # of the object as this run wrote it; empty before
 
     def acquire(self) -> bool:
+        """Whether this run holds the output now."""
         seen, since = "", _now()
         while True:
             try:
@@ -197,6 +179,7 @@ class _OneObject:
             time.sleep(HEARTBEAT / 4)
 
     def renew(self, storage: Storage) -> None:
+        """Show that this run is alive."""
         if self.tag:
             self._write("holding", self.tag, storage)
 
@@ -205,7 +188,7 @@ class _OneObject:
             self._write("released", self.tag)
 
     def _write(self, state: str, tag: str, storage: Storage | None = None) -> bool:
-        """Whether the object was still as this run knew it."""
+        """Whether the object still had this tag."""
         self.beats += 1
         content = {"name": self.claim.name, "state": state, "beats": self.beats}
         try:
@@ -215,12 +198,12 @@ class _OneObject:
         return True
 
 
-class _Objects:
-    """A lock out of an object a run, for stores that ignore conditions.
+class _ListedLock:
+    """A lock of an object for each run, for stores that ignore conditions.
 
-    Each run writes one of its own and renews it. It then looks at the others': a holder that is alive turns it away; of
-    two that are only claiming, the one of the higher name withdraws, and the other waits to see it go. An object that
-    is not renewed for LIVES heartbeats is a dead run's, and removed.
+    Each run writes and renews its own object, and lists the others. It gives up if another run that is alive holds the
+    output. Of two runs that are both claiming it, the one whose name sorts last gives up, and the other waits until
+    that one's object is gone. An object that is not renewed for LIVES heartbeats is a dead run's, and is removed.
     """
 
     def __init__(self, claim: Claim, storage: Storage) -> None:
@@ -228,6 +211,7 @@ class _Objects:
         self.state, self.beats, self.renewed = "claiming", 0, _now()
 
     def acquire(self) -> bool:
+        """Whether this run holds the output now."""
         self._write(self.storage)
         watched: dict[str, tuple[dict[str, Any], float]] = {}
         while others := self._others():
@@ -244,7 +228,7 @@ class _Objects:
         self.state = "holding"
         self._write(self.storage)
         try:
-            self.claim.check(self.storage)  # after a pause in the lines above, another may hold it
+            self.claim.check(self.storage)  # another may hold it, if this run was paused in the lines above
         except Lost:
             return False
         return True
@@ -254,7 +238,8 @@ class _Objects:
         return {uri: state for uri in uris if (state := _state(self.storage, uri))}
 
     def renew(self, storage: Storage) -> None:
-        """After a pause in which another may have seen this run as dead, only if nobody came."""
+        """Show that this run is alive; after a pause in which it may have been considered dead, only if no other run
+        has started."""
         begun = _now()
         paused = begun - self.renewed > (LIVES - 1) * HEARTBEAT
         if paused and [entry.uri for entry in storage.walk(self.claim.folder)] != [self.claim.own]:
@@ -271,5 +256,12 @@ class _Objects:
 
 
 def _now() -> float:
-    """Seconds, of which those that the machine sleeps are not left out."""
+    """Seconds of a clock that also counts while the machine is suspended."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _keep_alive(holder: _ConditionalLock | _ListedLock, storage: Storage, stop: threading.Event) -> None:
+    """Renew until stopped, also after a renewal that failed: the store may be available again in time."""
+    while not stop.wait(HEARTBEAT):
+        with suppress(Exception):
+            holder.renew(storage)

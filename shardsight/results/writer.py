@@ -1,16 +1,16 @@
-"""Rows → Parquet, exactly once; what is there already; job.json.
+"""Rows → Parquet, exactly once; job.json.
 
-A results file says in its footer which inputs it holds, so that rows and evidence appear in one atomic
-write. Its name follows from what it holds, so that a write done twice replaces itself.
+A results file says in its footer which inputs it holds, so that rows and evidence appear in one atomic write. Its name
+is a hash of the evidence, so that a repeated write replaces the file of the first.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ _EVIDENCE = [*(name for name, _ in PLACE), "id", "error"]
 
 @dataclass(frozen=True)
 class Written:
-    """What a write put there: its coverage, and of each stage the rows that it did and its seconds for them."""
+    """What was written: its coverage, and for each stage the number of rows that it processed and its seconds."""
 
     coverage: Coverage
     stages: dict[str, dict[str, float]]
@@ -42,8 +42,8 @@ class Written:
 class Results:
     """A job's output folder or prefix.
 
-    claim: of the run that writes there, in a store. All that writes checks it first, and raises lock.Lost where another
-    run has taken the output over.
+    claim: of the run that writes to an output in a store. Every write checks it first, and raises lock.Lost if another
+    run has taken over the output.
     """
 
     out: str
@@ -52,7 +52,7 @@ class Results:
 
     @contextmanager
     def locked(self) -> Iterator["Results"]:
-        """The results that this run alone may write to. Raises lock.Busy."""
+        """The results, locked for this run. Raises lock.Busy."""
         with lock(self.out, self.storage) as claim:
             yield replace(self, claim=claim)
 
@@ -65,7 +65,7 @@ class Results:
         return f"{self.out.rstrip('/')}/job.json"
 
     def write(self, table: pa.Table, rows_per_file: int) -> Written:
-        """Write rows of ROW, PLACE and `…_seconds` columns, in files of no more than `rows_per_file`."""
+        """Write rows with the columns of ROW, PLACE and SECONDS, in files of no more than `rows_per_file`."""
         stages = {
             stage: {"rows": pc.count(table[f"{stage}_clock_seconds"]).as_py()}
             | {kind: pc.sum(table[f"{stage}_{kind}"]).as_py() or 0.0 for kind in ("clock_seconds", "cpu_seconds")}
@@ -91,15 +91,15 @@ class Results:
             self.claim.check(self.storage)
 
     def files(self) -> list[tuple[str, Coverage]]:
-        """Every results file with what it holds. Raises StorageError for a file of somebody else's."""
-        paths = [path for path in self._paths() if path.endswith(".parquet")]
+        """Every results file with what it holds. Raises StorageError for a file that Shardsight did not write."""
+        paths = self._paths(".parquet")
         with ThreadPoolExecutor(16) as pool:
             return list(zip(paths, pool.map(self._evidence, paths), strict=True))
 
-    def _paths(self) -> list[str]:
+    def _paths(self, suffix: str = "") -> list[str]:
         if not self.storage.is_folder(self.folder):
             return []
-        return [entry.uri for entry in self.storage.walk(self.folder)]
+        return [entry.uri for entry in self.storage.walk(self.folder) if entry.uri.endswith(suffix)]
 
     def _evidence(self, path: str) -> Coverage:
         with self.storage.open(path) as file:
@@ -109,7 +109,7 @@ class Results:
         return Coverage.loads(evidence)
 
     def done(self) -> Coverage:
-        """All that is there. Rows that are there twice, after a write that was repeated otherwise, are mended first."""
+        """What all files hold. If some rows are there twice, as a repeated write had other bounds, removes them."""
         files = self.files()
         done = Coverage.union(coverage for _, coverage in files)
         if done.rows > done.places:
@@ -119,70 +119,72 @@ class Results:
 
     def _keep_first(self, files: list[tuple[str, Coverage]]) -> None:
         ids = Hashes()
-        for path, _ in sorted(files, key=lambda entry: -entry[1].rows):
-            new = ids.add(hashes(self._read(path, ["id"])["id"].to_pylist()))
+        for path, coverage in sorted(files, key=lambda file: -file[1].rows):
+            with self.storage.open(path) as file:
+                new = ids.add(hashes(pq.read_table(file, columns=["id"])["id"].to_pylist()))
             if not new.all():
-                self._drop(path, ~new)
+                self._keep(path, coverage, lambda _: new)  # noqa: B023
 
     def drop_errors(self) -> None:
-        """Take away the rows that failed, so that they are missing and are run again."""
+        """Remove the rows that failed, so that they are missing and are run again."""
         for path, coverage in self.files():
             if coverage.errors:
-                self._drop(path, self._read(path, ["error"])["error"].is_valid().to_numpy())
+                self._keep(path, coverage, lambda evidence: evidence["error"].is_null().to_numpy())
 
     def drop(self, units: set[str], files: np.ndarray) -> None:
-        """Take away the rows of units, by name, and of loose files, by the hashes of their ids (dtype S16, in any
-        order), so that they are missing and are run again: of inputs that have changed, say."""
+        """Remove the rows of units, by name, and of loose files, by the hashes of their ids (dtype S16, in any order),
+        so that they are missing and are run again: of inputs that have changed, say."""
         files = np.sort(files)
-        for path, coverage in self.files():
-            if units.isdisjoint(coverage.units) and not coverage.has(files).any():
-                continue
-            ids = self._read(path, ["id"])["id"].to_pylist()
-            named = [place["unit"] for place in coverage.of_rows(ids)]
-            loose = np.array([unit is None for unit in named]) & among(hashes(ids), files)
-            self._drop(path, loose | np.array([unit in units for unit in named]))
 
-    def _drop(self, path: str, unwanted: np.ndarray) -> None:
-        """Rewrite a file without some of its rows: in place, so that no reader sees a row twice or misses the file.
-        A file of which nothing is left is removed."""
-        if unwanted.all():
+        def keep(evidence: pa.Table) -> np.ndarray:
+            loose = evidence["unit"].is_null().to_numpy() & among(hashes(evidence["id"].to_pylist()), files)
+            return ~(loose | pc.is_in(evidence["unit"], pa.array(units, pa.string())).to_numpy())
+
+        for path, coverage in self.files():
+            if not units.isdisjoint(coverage.units) or coverage.has(files).any():
+                self._keep(path, coverage, keep)
+
+    def _keep(self, path: str, coverage: Coverage, keep: Callable[[pa.Table], np.ndarray]) -> None:
+        """Rewrite a file with some of its rows: in place, so that no reader sees a row twice or misses the file. If no
+        row is left, remove it. keep: table of _EVIDENCE, a row for each of the file's → which to keep, bool (n,)."""
+        with self.storage.open(path) as file:
+            rows = pq.read_table(file)
+        places = pa.Table.from_pylist(coverage.of_rows(rows["id"].to_pylist()), schema=pa.schema(PLACE))
+        evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"])
+        kept = pa.array(keep(evidence))
+        if pc.any(kept).as_py():
+            self._put(rows.filter(kept), _coverage(evidence.filter(kept)), path)
+        else:
             self._check()
             self.storage.remove(path)
-            return
-        rows, wanted = self._read(path), pa.array(~unwanted)
-        places = pa.Table.from_pylist(self._evidence(path).of_rows(rows["id"].to_pylist()), schema=pa.schema(PLACE))
-        evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"])
-        self._put(rows.filter(wanted), _coverage(evidence.filter(wanted)), path)
-
-    def _read(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        with self.storage.open(path) as file:
-            return pq.read_table(file, columns=columns)
 
     def dataset(self) -> ds.Dataset:
-        """The rows of every file, of row.ROW."""
-        paths = [path for path in self._paths() if path.endswith(".parquet")]
+        """The rows of every file, with the columns of row.ROW."""
+        paths = self._paths(".parquet")
         if not is_remote(self.out):
             return ds.dataset(paths, ROW, format="parquet")
         filesystem = PyFileSystem(FSSpecHandler(self.storage.filesystem(self.out)))
         return ds.dataset([path.partition("://")[2] for path in paths], ROW, filesystem=filesystem, format="parquet")
 
     def clear(self) -> None:
+        """Remove the results and job.json."""
         self._check()
         for path in self._paths():
             self.storage.remove(path)
-        if self.storage.exists(self.job_file):
+        with suppress(FileNotFoundError):
             self.storage.remove(self.job_file)
 
     def prepare(self) -> None:
+        """Create the folder of an output on a disk."""
         if not is_remote(self.out):
             os.makedirs(self.folder, exist_ok=True)
 
     def job(self) -> dict[str, Any] | None:
-        """job.json, where there is one."""
-        if not self.storage.exists(self.job_file):
+        """The content of job.json; None if there is none."""
+        try:
+            return json.loads(self.storage.read(self.job_file))
+        except FileNotFoundError:
             return None
-        content: dict[str, Any] = json.loads(self.storage.read(self.job_file))
-        return content
 
     def save_job(self, content: dict[str, Any]) -> None:
         self._check()
@@ -190,12 +192,12 @@ class Results:
 
 
 def _coverage(table: pa.Table) -> Coverage:
-    """Of a table with the columns of row.PLACE, `id` and `error`."""
+    """The coverage of rows with the columns of _EVIDENCE."""
     return Coverage.of(table.select(_EVIDENCE).to_pylist())
 
 
 def _in_order(table: pa.Table) -> pa.Table:
-    """Units by name, record and frame, then loose files, each once: a footer's ranges then tell the rows' places."""
+    """Rows sorted by unit, record and frame, then loose files, each once: as Coverage.of_rows expects them."""
     table = table.sort_by([("unit", "ascending"), ("record", "ascending"), ("frame_number", "ascending")])
     names = zip(*(table[name].to_pylist() for name in ("unit", "record", "frame_number", "id")), strict=True)
     keys = [(unit, record, frame) if unit is not None else id for unit, record, frame, id in names]

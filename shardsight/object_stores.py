@@ -1,16 +1,17 @@
 """S3, Google Cloud Storage and Azure Blob Storage by bucket and key, through the filesystems of fsspec.
 
-The filesystems bring credentials and connections. Their own methods take an address, and read `?versionId=`, `#` or a
-slash at the end of a key as something else than a part of it; so each request names its bucket and key apart.
+The filesystems bring credentials and connections. Their own methods take one path, and parse `?versionId=`, `#` or a
+trailing slash of a key as something else; so each request here passes its bucket and its key separately.
 """
 
 import json
 import logging
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 from shardsight.errors import UsageError
 
@@ -24,18 +25,20 @@ OPTIONS = {
     ),
 }
 CONNECT_SECONDS, READ_SECONDS = 10, 60
-# Error codes of S3 about the credentials themselves, and of what passes though its HTTP status does not say so.
+# Error codes of S3 that tell more than their HTTP status: wrong credentials, and failures worth a retry.
 _S3_DENIED = {
     *("ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidToken"),
     *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired"),
 }
-_S3_PASSING = {
+_S3_TRANSIENT = {
     *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted"),
     *("RequestTimeout", "ServiceUnavailable", "SlowDown", "XAmzContentSHA256Mismatch"),
 }
-# Of every request to Azure; storage.Storage retries.
-_AZURE_ONCE = {"retry_total": 0, "permit_redirects": False}
+_NO_CACHE = {"use_listings_cache": False, "skip_instance_cache": True}  # of each filesystem
+_AZURE_ONCE = {"retry_total": 0, "permit_redirects": False}  # of each request, as storage.Storage retries
 _REDIRECTS = (301, 302, 303, 307, 308)
+
+T = TypeVar("T")
 
 
 class StorageError(UsageError):
@@ -47,7 +50,7 @@ class Unavailable(StorageError, OSError):
 
 
 class NoAccess(StorageError, OSError):
-    """The credentials themselves are missing, wrong or expired, so that no request would succeed."""
+    """The credentials are missing, wrong or expired, so that no request would succeed."""
 
 
 class Rejected(ValueError):
@@ -55,22 +58,22 @@ class Rejected(ValueError):
 
 
 class MissingBucket(FileNotFoundError):
-    """There is no such bucket, or container."""
+    """The bucket, or container, does not exist."""
 
 
 class MissingObject(FileNotFoundError):
-    """The bucket is there, and holds no such object."""
+    """The bucket exists, and holds no such object."""
 
 
 class Changed(Exception):
-    """The object is not in the state that a conditional write asked for."""
+    """The condition of a conditional write does not hold."""
 
 
-class Redirected(Exception):
-    """The store pointed to another address."""
+class Redirected(Rejected):
+    """The store redirected the request to another address. Redirects are not followed."""
 
     def __init__(self) -> None:
-        super().__init__("the store sends us to another address, where nobody is asked")
+        super().__init__("the store redirects to another address, which is not followed")
 
 
 class Item(NamedTuple):
@@ -81,26 +84,53 @@ class Item(NamedTuple):
     tag: str
 
 
-class Store(Protocol):
-    """What storage.Storage asks of a service. Each raises the errors above, PermissionError for an object or a bucket
-    that these credentials may not use, and whatever a mistake of ours causes."""
+class Store(ABC):
+    """One service. Every method raises the errors above, PermissionError for an object or a bucket that these
+    credentials may not use, and lets the exceptions of programming errors through."""
 
-    filesystem: Any  # of fsspec
+    def __init__(self, filesystem: Any) -> None:
+        self.filesystem = filesystem  # of fsspec
 
+    @abstractmethod
     def get(self, bucket: str, key: str, start: int = 0, stop: int | None = None) -> bytes: ...
 
+    @abstractmethod
     def put(self, bucket: str, key: str, data: bytes, tag: str | None = None) -> str:
-        """Returns the new object's tag. With a tag, only if the object still has that one; with "", only if there is
-        none. Raises Changed, unless the service ignores conditions."""
-        ...
+        """Returns the new object's tag. With a tag, writes only if the object still has that one; with "", only if
+        there is none. Raises Changed, unless the service ignores conditions."""
 
+    @abstractmethod
     def delete(self, bucket: str, key: str) -> None: ...
 
+    @abstractmethod
     def head(self, bucket: str, key: str) -> Item: ...
 
+    @abstractmethod
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Item], str | None]:
         """Some thousand objects in the order of their keys, and the token of the next page."""
-        ...
+
+    @abstractmethod
+    def translate(self, error: Exception, text: str) -> Exception | None:
+        """An error of the service's own library as one of this module's; None for others."""
+
+    def run(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Run a request in the filesystem's event loop."""
+        import aiohttp
+        from fsspec.asyn import sync
+
+        try:
+            return sync(self.filesystem.loop, request)
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            if any(isinstance(cause, Redirected) for cause in _chain(error)):
+                raise Redirected from error
+            if translated := self.translate(error, text):
+                raise translated from error
+            if isinstance(error, aiohttp.ClientError | OSError):
+                raise Unavailable(text) from error
+            if isinstance(error, ValueError):  # a malformed endpoint_url, say
+                raise Rejected(text) from error
+            raise
 
 
 def _flags(options: dict[str, str]) -> dict[str, Any]:
@@ -111,7 +141,7 @@ def _flags(options: dict[str, str]) -> dict[str, Any]:
 
 
 def _unquoted(etag: str) -> str:
-    """Services quote it in one answer, and not in another."""
+    """Services quote it in some answers only."""
     return etag.strip('"')
 
 
@@ -122,57 +152,28 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _of_status(status: int, text: str) -> Exception:
-    """The error that an HTTP status stands for, where the service says no more."""
+    """The error for an HTTP status, where the service says no more."""
     if status in (408, 429) or (status >= 500 and status != 501):
         return Unavailable(text)
     kinds: dict[int, type[Exception]] = {401: NoAccess, 403: PermissionError, 404: MissingObject, 412: Changed}
     return kinds.get(status, Rejected)(text)
 
 
-class _Remote:
-    """Runs requests in the event loop of a filesystem of fsspec."""
-
-    def __init__(self, filesystem: Any) -> None:
-        self.filesystem = filesystem
-
-    def run(self, request: Callable[[], Awaitable[Any]]) -> Any:
-        from fsspec.asyn import sync
-
-        try:
-            return sync(self.filesystem.loop, request)
-        except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            if redirect := next((cause for cause in _chain(error) if isinstance(cause, Redirected)), None):
-                raise Rejected(str(redirect)) from error
-            raise self.translate(error, text) from error
-
-    def translate(self, error: Exception, text: str) -> Exception:
-        """An error of the service's library as one of this module's; one that is none of its own as it is."""
-        raise NotImplementedError
-
-
-class S3(_Remote):
+class S3(Store):
     """options: OPTIONS["s3"]; what is missing comes from the AWS environment."""
 
     def __init__(self, options: dict[str, str]) -> None:
-        import s3fs  # here, for the second that it takes in every process
+        import s3fs  # here, as it takes a second in every process
 
         region = {name: value for name, value in options.items() if name == "region_name"}
-        # Checksums only where they are asked for: most stores but AWS refuse the new ones.
         config = {
             **{"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "max_pool_connections": 64},
-            **{"retries": {"max_attempts": 0}},  # storage.Storage retries
+            **{"retries": {"max_attempts": 0}, "http_session_cls": _without_redirects()},  # storage.Storage retries
+            # Most stores but AWS refuse the new checksums.
             **{"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"},
-            "http_session_cls": _without_redirects(),
         }
-        filesystem = s3fs.S3FileSystem(
-            **_flags({name: value for name, value in options.items() if name not in region}),
-            config_kwargs=config,
-            client_kwargs=region,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-        super().__init__(filesystem)
+        given = _flags({name: value for name, value in options.items() if name not in region})
+        super().__init__(s3fs.S3FileSystem(**given, config_kwargs=config, client_kwargs=region, **_NO_CACHE))
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         return self.run(lambda: self.filesystem._call_s3(method, self.filesystem.req_kw, **arguments))
@@ -186,8 +187,7 @@ class S3(_Remote):
             async with answer["Body"] as body:
                 return bytes(await body.read())
 
-        data: bytes = self.run(request)
-        return data
+        return self.run(request)
 
     def put(self, bucket: str, key: str, data: bytes, tag: str | None = None) -> str:
         condition = {} if tag is None else {"IfMatch": f'"{tag}"'} if tag else {"IfNoneMatch": "*"}
@@ -201,7 +201,7 @@ class S3(_Remote):
         try:
             answer = self._ask("head_object", Bucket=bucket, Key=key)
         except (FileNotFoundError, PermissionError, Rejected):
-            self.get(bucket, key, 0, 1)  # fails alike, but says why, which the answer to a HEAD request cannot
+            self.get(bucket, key, 0, 1)  # fails in the same way, with the reason, which a HEAD response cannot hold
             raise
         return Item(key, int(answer["ContentLength"]), _unquoted(answer["ETag"]))
 
@@ -211,8 +211,7 @@ class S3(_Remote):
         items = [Item(entry["Key"], entry["Size"], _unquoted(entry["ETag"])) for entry in answer.get("Contents", [])]
         return items, answer["NextContinuationToken"] if answer.get("IsTruncated") else None
 
-    def translate(self, error: Exception, text: str) -> Exception:
-        import aiohttp
+    def translate(self, error: Exception, text: str) -> Exception | None:
         from botocore import exceptions as botocore
 
         answer = next((cause.response for cause in _chain(error) if isinstance(cause, botocore.ClientError)), None)
@@ -220,22 +219,25 @@ class S3(_Remote):
             code = str(answer.get("Error", {}).get("Code", ""))
             if code in _S3_DENIED:
                 return NoAccess(text)
-            if code in _S3_PASSING:
+            if code in _S3_TRANSIENT:
                 return Unavailable(text)
             if code == "NoSuchBucket":
                 return MissingBucket(text)
             return _of_status(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), text)
-        if isinstance(error, botocore.HTTPClientError | botocore.ConnectionError | aiohttp.ClientError | OSError):
+        if isinstance(error, botocore.HTTPClientError | botocore.ConnectionError):
             return Unavailable(text)
         if isinstance(error, botocore.BotoCoreError):
             about_keys = ("Credential", "Token", "Profile", "SSO")
             return (NoAccess if any(word in type(error).__name__ for word in about_keys) else Rejected)(text)
-        return Rejected(text) if isinstance(error, ValueError) else error  # an endpoint that is no address, say
+        return None
 
 
 def _without_redirects() -> type:
-    """aiohttp follows a store's redirect wherever it leads, which botocore itself does not; and botocore asks without
-    end what region is meant, where the redirect does not say so."""
+    """A session of aiobotocore that follows no redirect.
+
+    aiohttp follows them anywhere, which botocore itself does not. Where a redirect does not name the bucket's region,
+    botocore would ask for it forever.
+    """
     from aiobotocore.httpsession import AIOHTTPSession
 
     class Session(AIOHTTPSession):  # type: ignore[misc]
@@ -254,7 +256,7 @@ def _without_redirects() -> type:
     return Session
 
 
-class GoogleCloud(_Remote):
+class GoogleCloud(Store):
     """options: OPTIONS["gs"]; what is missing comes from Google's environment (GOOGLE_APPLICATION_CREDENTIALS, …)."""
 
     def __init__(self, options: dict[str, str]) -> None:
@@ -267,7 +269,7 @@ class GoogleCloud(_Remote):
 
         tracing = aiohttp.TraceConfig()
         tracing.on_request_redirect.append(refuse)
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs each error that it raises as well
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also logs each error that it raises
         given = _flags(options)
         if given.pop("anon", False):
             given["token"] = "anon"
@@ -276,8 +278,7 @@ class GoogleCloud(_Remote):
                 **given,
                 requests_timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS),
                 session_kwargs={"trace_configs": [tracing]},
-                use_listings_cache=False,
-                skip_instance_cache=True,
+                **_NO_CACHE,
             )
         except GoogleAuthError as error:
             raise NoAccess(str(error)) from error
@@ -291,13 +292,12 @@ class GoogleCloud(_Remote):
             if not key:
                 raise MissingBucket(f"no bucket {bucket}") from None
             with suppress(PermissionError):
-                self.page(bucket, key[0], None)  # raises MissingBucket where that is what is missing
+                self.page(bucket, key[0], None)  # raises MissingBucket if the bucket is what is missing
             raise
 
     def get(self, bucket: str, key: str, start: int = 0, stop: int | None = None) -> bytes:
         part = {} if stop is None else {"headers": {"Range": f"bytes={start}-{stop - 1}"}}
-        data: bytes = self._ask("GET", "b/{}/o/{}", bucket, key, alt="media", **part)[1]
-        return data
+        return self._ask("GET", "b/{}/o/{}", bucket, key, alt="media", **part)[1]
 
     def put(self, bucket: str, key: str, data: bytes, tag: str | None = None) -> str:
         line = f"--{uuid.uuid4().hex}"
@@ -330,11 +330,9 @@ class GoogleCloud(_Remote):
     def _item(entry: dict[str, Any]) -> Item:
         return Item(entry["name"], int(entry["size"]), str(entry["generation"]))
 
-    def translate(self, error: Exception, text: str) -> Exception:
-        import aiohttp
-        import google.auth.exceptions
-        import requests
+    def translate(self, error: Exception, text: str) -> Exception | None:
         from gcsfs.retry import HttpError
+        from google.auth.exceptions import GoogleAuthError, TransportError
 
         if isinstance(error, FileNotFoundError):
             return MissingObject(text)
@@ -342,17 +340,12 @@ class GoogleCloud(_Remote):
             return Changed(text)
         if isinstance(error, HttpError):
             return _of_status(int(error.code or 0), text)
-        if isinstance(error, google.auth.exceptions.GoogleAuthError):
-            passing = isinstance(error, google.auth.exceptions.TransportError)
-            return Unavailable(text) if passing else NoAccess(text)
-        if isinstance(error, OSError) and text.startswith("Forbidden"):
-            return PermissionError(text)
-        if isinstance(error, aiohttp.ClientError | requests.RequestException | OSError):
-            return Unavailable(text)
-        return Rejected(text) if isinstance(error, ValueError) else error
+        if isinstance(error, GoogleAuthError):
+            return Unavailable(text) if isinstance(error, TransportError) else NoAccess(text)
+        return PermissionError(text) if isinstance(error, OSError) and text.startswith("Forbidden") else None
 
 
-class Azure(_Remote):
+class Azure(Store):
     """options: OPTIONS["az"]; what is missing comes from Azure's environment (AZURE_STORAGE_ACCOUNT_NAME, …).
 
     account: of an address that names one, abfs://container@account.dfs.core.windows.net/…
@@ -365,8 +358,7 @@ class Azure(_Remote):
             **(_flags(options) | ({"account_name": account} if account else {})),
             connection_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
-            use_listings_cache=False,
-            skip_instance_cache=True,
+            **_NO_CACHE,
         )
         super().__init__(filesystem)
 
@@ -377,10 +369,9 @@ class Azure(_Remote):
         part = {} if stop is None else {"offset": start, "length": stop - start}
 
         async def request() -> bytes:
-            return bytes(await (await self._blob(bucket, key).download_blob(**part, **_AZURE_ONCE)).readall())
+            return await (await self._blob(bucket, key).download_blob(**part, **_AZURE_ONCE)).readall()
 
-        data: bytes = self.run(request)
-        return data
+        return self.run(request)
 
     def put(self, bucket: str, key: str, data: bytes, tag: str | None = None) -> str:
         from azure.core import MatchConditions
@@ -407,23 +398,20 @@ class Azure(_Remote):
             items = [self._item(blob) async for blob in await anext(pages)]
             return items, pages.continuation_token or None
 
-        found: tuple[list[Item], str | None] = self.run(request)
-        return found
+        return self.run(request)
 
     @staticmethod
     def _item(blob: Any) -> Item:
         return Item(blob.name, blob.size, _unquoted(blob.etag))
 
-    def translate(self, error: Exception, text: str) -> Exception:
+    def translate(self, error: Exception, text: str) -> Exception | None:
         from azure.core import exceptions as azure
 
         text = text.partition(" RequestId:")[0]
         code = getattr(error, "error_code", None)
         code = str(getattr(code, "value", code))
-        if isinstance(error, azure.ClientAuthenticationError) or code in (
-            "AuthenticationFailed",
-            "InvalidAuthenticationInfo",
-        ):
+        denied = code in ("AuthenticationFailed", "InvalidAuthenticationInfo")
+        if denied or isinstance(error, azure.ClientAuthenticationError):
             return NoAccess(text)
         if code.startswith("Container") and isinstance(error, azure.ResourceNotFoundError):
             return MissingBucket(text)
@@ -431,6 +419,4 @@ class Azure(_Remote):
             return Changed(text)
         if isinstance(error, azure.HttpResponseError) and error.status_code:
             return _of_status(error.status_code, text)
-        if isinstance(error, azure.AzureError | OSError):
-            return Unavailable(text)
-        return Rejected(text) if isinstance(error, ValueError) else error
+        return Unavailable(text) if isinstance(error, azure.AzureError) else None
