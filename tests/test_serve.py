@@ -25,8 +25,9 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 
 from serve.arguments import EXAMPLE, Arguments, Options, options
-from serve.guard import MOST_BYTES, Guard, Problem, ProxyProblems, _Unpacker, digest
+from serve.guard import Guard, ProxyProblems, _Unpacker, digest
 from serve.pictures import decode_base64
+from serve.problem import MAX_BODY_BYTES, Problem
 from shardsight.models.info import ModelDied
 from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
@@ -586,13 +587,8 @@ async def _swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def _guard(app: Any = _swallow, **changed: Any) -> Any:
-    limits: dict[str, Any] = {
-        "keys": [digest("one"), digest("two")],
-        "max_bytes": 100,
-        "deadline": 5.0,
-        "max_concurrent": 2,
-    }
-    return Guard(app, **limits | {"routes": []} | changed)
+    limits = Arguments(**{"max_bytes": 100, "deadline": 5.0, "max_concurrent": 2} | changed)
+    return Guard(app, limits, [digest("one"), digest("two")], [])
 
 
 @pytest.mark.parametrize("given, status", [("Bearer two", 408), ("Bearer three", 401), ("Basic two", 401), ("", 401)])
@@ -732,7 +728,7 @@ def test_what_the_proxy_says_of_a_gateway_that_is_not_there(says: int | None, st
             await send({"type": "http.response.start", "status": says, "headers": kind})
             await send({"type": "http.response.body", "body": b"ActorDiedError: pid=7, ip=10.0.0.1"})
 
-    parts = [bytes(1 << 20)] * ((MOST_BYTES >> 20) + 8)
+    parts = [bytes(1 << 20)] * ((MAX_BODY_BYTES >> 20) + 8)
     start, body = asyncio.run(_through(ProxyProblems(proxy), {"x-request-id": "mine"}, parts))
     problem = json.loads(body["body"])
     assert start["status"] == problem["status"] == status and problem["instance"] == "urn:request:mine"
