@@ -131,7 +131,7 @@ def _annotate(api: FastAPI, gateway: Gateway) -> None:
 
 
 def _pages(api: FastAPI) -> None:
-    @api.get("/healthz", summary="Whether the service lives")
+    @api.get("/healthz", summary="Whether the service runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 

@@ -128,17 +128,16 @@ class Completion(_Strict):
 
 def add(api: FastAPI, gateway: Gateway) -> None:
     """Add the endpoints."""
-    names = [name for name in gateway.models if name != "yolo"]
-    listed = [name.replace(" ", "-") for name in names]
+    names = {name.replace(" ", "-"): name for name in gateway.models if name != "yolo"}
 
     def known(name: str) -> str:
-        if name not in listed:
-            raise Problem(404, f"there is no model {name!r}: choose from {', '.join(listed) or 'none'}")
-        return names[listed.index(name)]
+        if name not in names:
+            raise Problem(404, f"there is no model {name!r}: choose from {', '.join(names) or 'none'}")
+        return names[name]
 
-    @api.get("/v1/models", summary="The PaliGemmas that may be asked")
+    @api.get("/v1/models", summary="The PaliGemma models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in listed]}
+        return {"object": "list", "data": [_model(name) for name in names]}
 
     @api.get("/v1/models/{name}", summary="One of them")
     async def model(name: Annotated[str, Path(examples=["paligemma"])]) -> dict[str, Any]:

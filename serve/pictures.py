@@ -21,6 +21,7 @@ from shardsight.models.lineup import Lineup
 from shardsight.row import ROW, frame_of
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
+from shardsight.stores import Rejected, StorageError
 
 FIELD = "image"
 LISTS = ("prompt", "classes")  # the options that may be given several times
@@ -35,7 +36,7 @@ _NO_VIDEO = "videos are not annotated here: send single pictures, or give the vi
 
 @dataclass(frozen=True)
 class Pictures:
-    """Reads and decodes what callers send. storage: for pictures that are asked for by uri."""
+    """Reads and decodes the pictures of requests. storage: of those given by uri."""
 
     arguments: Arguments
     storage: Storage
@@ -62,18 +63,15 @@ class Pictures:
             return "data:", _decode_data_uri(image)
         plain = is_remote(image) and not any(part in (".", "..") for part in image.split("/"))
         if not (plain and image.startswith(tuple(self.arguments.allowed_prefixes))):
-            raise Problem(
-                422,
-                "image: expected a data: uri (base64 alone needs data:image/jpeg;base64, before it), or an s3:// uri "
-                "under a prefix that this server allows",
-            )
+            forms = "a data: uri (data:image/jpeg;base64,…), or an s3:// uri under a prefix that this server allows"
+            raise Problem(422, f"image: expected {forms}")
         limit = self.arguments.max_bytes
         try:
             size = await asyncio.to_thread(self.storage.size, image)
             picture = await asyncio.to_thread(self.storage.read, image) if size <= limit else b""
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except (FileNotFoundError, PermissionError, IsADirectoryError, Rejected):
             raise Problem(422, "there is no picture of that name that this server may read") from None
-        except Exception:  # botocore's exceptions have no common class for network errors
+        except StorageError:
             raise Problem(503, "the store of the picture cannot be reached", retry_after=5) from None
         if size > limit:
             raise too_large(limit)

@@ -197,10 +197,9 @@ class Gateway:
         """As PaliGemmaReplica.generate. Raises Problem."""
         response = self.handles[name].options(stream=True).generate.remote(frame, text, sampling, stream)
         try:
-            async for part in response:
-                yield part
-        except _KNOWN as error:
-            raise _problem(error) from None
+            with _failures_as_problems():
+                async for part in response:
+                    yield part
         finally:
             response.cancel()
 
@@ -243,23 +242,24 @@ class Gateway:
         return models
 
 
-_KNOWN = (BackPressureError, RayActorError, DeploymentUnavailableError, ModelDied, Failure)
+@contextmanager
+def _failures_as_problems() -> Iterator[None]:
+    """Raises Problem for what a call of a replica may raise."""
+    try:
+        yield
+    except BackPressureError:
+        raise Problem(429, "the model's queue is full: try again later", retry_after=1) from None
+    except Failure as error:
+        raise Problem(422, error.message) from None
+    except (RayActorError, DeploymentUnavailableError, ModelDied):
+        raise Problem(503, "the model has failed and is being restarted: try again", retry_after=5) from None
 
 
 async def _result(response: Any) -> Any:
     """A replica's result; cancelled with the caller. Raises Problem."""
     try:
-        return await response
+        with _failures_as_problems():
+            return await response
     except asyncio.CancelledError:
         response.cancel()
         raise
-    except _KNOWN as error:
-        raise _problem(error) from None
-
-
-def _problem(error: Exception) -> Problem:
-    if isinstance(error, BackPressureError):
-        return Problem(429, "the model's queue is full: try again later", retry_after=1)
-    if isinstance(error, Failure):
-        return Problem(422, error.message)
-    return Problem(503, "the model has failed and is being restarted: try again", retry_after=5)

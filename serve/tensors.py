@@ -1,8 +1,9 @@
 """Open Inference Protocol for YOLO, with its binary tensors: https://github.com/kserve/open-inference-protocol.
 
-Input `image`: BYTES [n], encoded pictures, in JSON as base64. Outputs, of m detections in all: `image` INT32 [m], whose
-picture it is; `boxes` FP32 [m, 4], x1, y1, x2, y2 in its pixels; `scores` FP32 [m]; `class_ids` INT32 [m]; `labels`
-BYTES [m]; and `rows` BYTES [n], all of each row as JSON. The job's `conf`, `iou`, `max_det`, `classes` are parameters.
+Input: `image` BYTES [n], encoded pictures, base64 in JSON. Parameters: the job's `conf`, `iou`, `max_det`, `classes`.
+
+Outputs, for m detections in all n pictures: `image` INT32 [m], the index of the picture; `boxes` FP32 [m, 4], x1, y1,
+x2, y2 in its pixels; `scores` FP32 [m]; `class_ids` INT32 [m]; `labels` BYTES [m]; and `rows` BYTES [n], rows as JSON.
 """
 
 import asyncio
@@ -61,11 +62,11 @@ class Inference(BaseModel):
 def add(api: FastAPI, gateway: Gateway) -> None:
     """Add the endpoints."""
 
-    @api.get("/v2", summary="What this server is")
+    @api.get("/v2", summary="Name, version and extensions")
     async def server() -> dict[str, Any]:
         return {"name": "shardsight", "version": version("shardsight"), "extensions": ["binary_tensor_data"]}
 
-    @api.get("/v2/health/live", summary="Whether it lives")
+    @api.get("/v2/health/live", summary="Whether the server runs")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
@@ -79,7 +80,7 @@ def add(api: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_yolo(api: FastAPI, gateway: Gateway) -> None:
-    @api.get("/v2/models/yolo", summary="What YOLO takes and gives")
+    @api.get("/v2/models/yolo", summary="Inputs and outputs of YOLO")
     async def model() -> dict[str, Any]:
         outputs = [{"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()]
         inputs = [{"name": "image", "datatype": "BYTES", "shape": [-1]}]

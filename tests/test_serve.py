@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import quote
 
 import httpx
@@ -26,9 +27,10 @@ from langchain_openai import ChatOpenAI
 
 from serve.arguments import EXAMPLE, Arguments, Options, options
 from serve.guard import Guard, ProxyProblems, _Unpacker, digest
-from serve.pictures import decode_base64
+from serve.pictures import Pictures, decode_base64
 from serve.problem import MAX_BODY_BYTES, Problem
 from shardsight.models.info import ModelDied
+from shardsight.stores import NoAccess, Rejected, Unavailable
 from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
 from tests.test_annotate import mixed_inputs
@@ -430,6 +432,20 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
     for name in ("private/a.jpg", "public-not/a.jpg", "public/../private/a.jpg", "public/none.jpg", "public"):
         refused = ask.post("/v1/annotate", json={"image": f"s3://served/{name}"})
         assert refused.status_code == 422 and "row" not in refused.json(), name
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [(Unavailable("slow"), 503), (NoAccess("no key"), 503), (Rejected("too long"), 422), (PermissionError(), 422)],
+)
+def test_errors_of_a_store(error: Exception, status: int) -> None:
+    """What may pass may be tried again; a bug of ours is neither the store's fault nor the client's."""
+    arguments = Arguments(allowed_prefixes=["s3://served"])
+    with pytest.raises(Problem) as problem:
+        asyncio.run(Pictures(arguments, Mock(size=Mock(side_effect=error))).fetch("s3://served/a.jpg"))
+    assert problem.value.status == status
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(Pictures(arguments, Mock(size=Mock(side_effect=ZeroDivisionError))).fetch("s3://served/a.jpg"))
 
 
 @pytest.mark.parametrize(
