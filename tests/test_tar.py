@@ -314,6 +314,17 @@ def test_what_follows_an_archive_is_read_or_said(tmp_path: Path) -> None:
     )
 
 
+def test_damage_after_a_link_costs_nothing_before_it(tmp_path: Path) -> None:
+    """A checksum that is wrong at the end of a file of joined archives must not hide the later ones' members."""
+    one = tar_of([member("a.jpg", b"A"), member("b.jpg", b"", tarfile.SYMTYPE, "a.jpg")])
+    data = bytearray(gzip.compress(one + tar_of([member("c.jpg", b"C")])))
+    data[-8] ^= 1
+    (tmp_path / "a.tgz").write_bytes(data)
+    found = records(tmp_path / "a.tgz")
+    assert [record.data for record in found] == [b"A", b"A", b"C", None]
+    assert failures(found) == [None, None, None, "TruncatedTar"]
+
+
 def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     import bz2
 
