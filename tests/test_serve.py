@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
-from shardsight.stores import NoAccess, Rejected, Unavailable
+from shardsight.object_stores import NoAccess, Rejected, Unavailable
 
 from serve.arguments import EXAMPLE, Arguments, Options, options
 from serve.guard import Guard, ProxyProblems, _Unpacker, digest
