@@ -20,13 +20,13 @@ def join(verbose: bool = False) -> bool:
         return False
     import ray
 
-    with nullcontext() if verbose else _silent():  # of several clusters on this machine, Ray warns
+    with nullcontext() if verbose else _silent():  # Ray warns of several clusters on one machine
         address = living_cluster()
     # Workers of a cluster of our own inherit the environment; with a runtime_env, Ray would start them all anew.
     stores = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
     environment = {} if address == "local" else stores
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray logs each of its retries otherwise
     try:
         with nullcontext() if verbose else _silent():
             ray.init(
@@ -47,7 +47,7 @@ def join(verbose: bool = False) -> bool:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what Ray's native code writes to stderr, such as which level its log has; errors are raised."""
+    """Discard what Ray's native code writes to stderr, such as its log level; its errors are raised as well."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What a person sees of a running job: a live bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of a running job: a live bar on a terminal, elsewhere a line every ten seconds."""
 
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 @dataclass
 class Progress:
-    """Hears of a job (see job.Watcher) and shows it."""
+    """Shows a job's progress (a job.Watcher)."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
     before: int = 0  # rows that were there when the pass began

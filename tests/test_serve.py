@@ -24,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
-from shardsight.object_stores import NoAccess, Rejected, Unavailable
 
 from serve.arguments import EXAMPLE, Arguments, Options, options
 from serve.guard import Guard, ProxyProblems, _Unpacker, digest
 from serve.pictures import Pictures, decode_base64
 from serve.problem import MAX_BODY_BYTES, Problem
 from shardsight.models.info import ModelDied
+from shardsight.object_stores import NoAccess, Rejected, Unavailable
 from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
 from tests.test_annotate import mixed_inputs
