@@ -37,8 +37,8 @@ def is_death(error: BaseException) -> bool:
 def only_deaths() -> Iterator[None]:
     """Make a dataset that ignores errors ignore only deaths of processes and nodes, and raise any other error.
 
-    Ray Data can only ignore errors up to a number of them. It logs each ignored error in the thread that runs the dataset,
-    and what a logging filter raises there ends the dataset.
+    Ray Data can only ignore errors up to a number of them. It logs each ignored error in the thread that runs the
+    dataset, and what a logging filter raises there ends the dataset.
     """
 
     def check(entry: logging.LogRecord) -> bool:
