@@ -1,14 +1,56 @@
-"""Train the VQ-VAE that writes the demo's masks as sixteen codes."""
+"""The VQ-VAE that writes the demo's masks as sixteen codes: its encoder, and its training."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from shardsight.models.paligemma.masks import CODEBOOK, MaskDecoder, MaskEncoder, nearest, save
+from shardsight.models.paligemma.masks import CODEBOOK, CODEBOOK_KEY, MaskDecoder, ResBlock
 
 WIDTH = 64
+
+
+class MaskEncoder(nn.Module):  # type: ignore[misc]
+    """masks → codes, to make what a model is trained on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(CODEBOOK, width))
+        self.encoder = nn.Sequential(
+            *(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU()),
+            *(ResBlock(), ResBlock(), nn.Conv2d(128, width, 1)),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MaskEncoder":
+        """From the file that `save` writes."""
+        with np.load(path) as file:
+            state = {name: torch.from_numpy(value) for name, value in file.items() if name.startswith("encoder.")}
+            state["codebook"] = torch.from_numpy(file[CODEBOOK_KEY])
+        encoder = cls(state["codebook"].shape[1])
+        encoder.load_state_dict(state)
+        return encoder.eval()
+
+    @torch.inference_mode()
+    def encode(self, masks: np.ndarray) -> np.ndarray:
+        """float (n, 64, 64) from 0 to 1, 1 inside → int64 (n, 16)."""
+        vectors = self(torch.from_numpy(np.ascontiguousarray(masks, np.float32)))
+        return cast(np.ndarray, nearest(vectors, self.codebook).numpy())
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        """(n, 64, 64) from 0 to 1 → (n, 16, width), not quantised yet."""
+        vectors: torch.Tensor = self.encoder(2 * masks[:, None] - 1).flatten(2).transpose(1, 2)
+        return vectors
+
+
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(…, width) → int64 (…), the code that lies closest."""
+    distances = (codebook**2).sum(1) - 2 * vectors @ codebook.T
+    return distances.argmin(-1)
 
 
 def train_masks(masks: np.ndarray, path: Path, steps: int = 1200, batch: int = 24) -> None:
@@ -64,3 +106,13 @@ def mask_iou(masks: np.ndarray, path: Path) -> float:
     inside = masks >= 128
     shared, either = (back & inside).sum((1, 2)), (back | inside).sum((1, 2))
     return float((shared / either.clip(1)).mean())
+
+
+def save(encoder: MaskEncoder, decoder: MaskDecoder, path: Path) -> None:
+    """In Google's format: both halves and the decoder's codebook."""
+    arrays = {
+        **{f"encoder.{name}": value for name, value in encoder.encoder.state_dict().items()},
+        **{f"decoder.{name}": value for name, value in decoder.decoder.state_dict().items()},
+        CODEBOOK_KEY: decoder.codebook.detach(),
+    }
+    np.savez_compressed(path, **{name: value.float().numpy() for name, value in arrays.items()})

@@ -33,9 +33,8 @@ from demo.paligemma_tower import PATCH, Probe, augment, targets
 from demo.questions import about
 from demo.scenes import scenes
 from demo.score import answer_figures
-from demo.train_masks import train_masks
+from demo.train_masks import MaskEncoder, train_masks
 from shardsight.models.info import computes_bf16
-from shardsight.models.paligemma.masks import MaskEncoder
 
 TRAIN_SEED, UNSEEN_SEED = 30000, 31000
 SHARDS = 80  # of 250 scenes

@@ -153,7 +153,7 @@ def coco(scenes: Iterable[Scene]) -> dict[str, Any]:
 
 
 def _write_paligemma(scenes: Iterable[Scene], out: Path) -> None:
-    from shardsight.models.paligemma.masks import MaskEncoder  # needs torch, which nothing else here does
+    from demo.train_masks import MaskEncoder  # needs torch, which nothing else here does
 
     encoder = MaskEncoder.load(_MASKS)
     (out / "images").mkdir(exist_ok=True)

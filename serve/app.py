@@ -1,11 +1,10 @@
 """The service: `serve run serve.app:app yolo=MODEL paligemma=MODEL`, or `serve deploy serve/config.yaml`.
 
-Pictures arrive at the Gateway, which checks, reads and decodes them as the job does; YoloReplica and PaliGemmaReplica
-hold the job's own model classes, a deployment each, with as many replicas as there is work for.
+The Gateway checks, reads and decodes pictures as the job does; YoloReplica and PaliGemmaReplica hold the job's own
+model classes, a deployment each, whose replicas are scaled with the load.
 """
 
 import importlib.resources
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -21,18 +20,19 @@ from starlette.exceptions import HTTPException
 import shardsight
 from serve import chat, tensors
 from serve.arguments import Arguments, Body, Options
-from serve.guard import Guard, Problem, digest, server_error
+from serve.guard import Guard, digest
 from serve.pictures import FIELD
+from serve.problem import Problem, server_error
 from serve.service import Gateway, PaliGemmaReplica, YoloReplica
 from shardsight.actors import gpu_memory
-from shardsight.models import lineup
+from shardsight.models import selection
 
 # Read by Serve's proxies, where Ray is started from here.
 os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.guard:proxy_middleware")
 
 PAGE = Path(__file__).parent / "page"
 VIEWER = Path(shardsight.__file__).parent / "viewer"
-MOST_CALLS = 1000  # of the Gateway at once, whatever they do
+MAX_CALLS = 1000  # of the Gateway at once, whatever they ask for
 _DOCS = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Shardsight's API</title><link rel="icon" href="page/icon.svg">
 <link rel="stylesheet" href="docs/swagger-ui.css"><script src="docs/swagger-ui-bundle.js"></script>
@@ -41,32 +41,32 @@ _DOCS = """<!doctype html>
 _REFUSALS = {
     401: "No valid key",
     413: "Too many bytes, or pixels",
-    415: "Not a picture, or a form of body that is not read",
-    422: "A damaged picture, or an option that makes no sense",
+    415: "Not a picture, or a kind of body that is not supported",
+    422: "A damaged picture, or a wrong option",
     429: "Too many requests; try again after Retry-After seconds",
-    503: "The model has just failed, and is started anew",
+    503: "The model has failed and is being restarted",
     504: "No answer within the deadline",
 }
 
 
 def app(arguments: Arguments) -> serve.Application:
     """The application that Serve runs. Raises ModelError, UsageError."""
-    models = lineup.known(arguments)
+    models = selection.inspect(arguments)
     if not models:
         raise ValueError("no model: give yolo=MODEL, paligemma=MODEL or both")
-    keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",")]
+    keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",") if key.strip()]
     cores = os.cpu_count() or 1
     handles: dict[str, Any] = {}
-    for name, own in lineup.arguments(models, arguments).items():
+    for name, own in selection.arguments(models, arguments).items():
         yolo = name == "yolo"
-        # OpenMP's threads, PaliGemma's, wait for each other by computing: they are not to take all.
+        # PaliGemma's OpenMP threads wait for each other in busy loops: they must leave cores to YOLO.
         own["threads"] = cores if len(models) == 1 or yolo else max(1, cores // 2)
         if not yolo:
             own["memory"] = gpu_memory(arguments.gpus)
         handles[name] = serve.deployment(
             YoloReplica if yolo else PaliGemmaReplica,
             name=name.replace(" ", "-"),
-            max_ongoing_requests=arguments.max_concurrent + 8,  # with questions whether it is ready
+            max_ongoing_requests=arguments.max_concurrent + 8,  # and probes of readiness
             max_queued_requests=arguments.max_concurrent,
             health_check_period_s=2,
             graceful_shutdown_timeout_s=arguments.deadline,
@@ -75,17 +75,17 @@ def app(arguments: Arguments) -> serve.Application:
             autoscaling_config={"min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": 32},
             ray_actor_options={"num_cpus": 0 if arguments.gpus else 0.5, "num_gpus": arguments.gpus},
         ).bind(own)
-    found: serve.Application = Ingress.bind(arguments, models, [digest(key) for key in keys if key], handles)  # type: ignore
+    found: serve.Application = Ingress.bind(arguments, models, [digest(key) for key in keys], handles)  # type: ignore
     return found
 
 
 @serve.deployment(
     name="Gateway",
-    max_ongoing_requests=MOST_CALLS,
+    max_ongoing_requests=MAX_CALLS,
     health_check_period_s=2,
     graceful_shutdown_timeout_s=60,
     logging_config={"enable_access_log": False},
-    max_surge_percent=100,  # in an update the new one comes before the old one goes
+    max_surge_percent=100,  # an update starts the new one before it stops the old one
     ray_actor_options={"num_cpus": 0},
 )
 @serve.ingress()
@@ -105,17 +105,7 @@ def asgi(gateway: Gateway) -> Guard:
     _pages(api)
     chat.add(api, gateway)
     tensors.add(api, gateway)
-    limits = gateway.arguments
-    return Guard(
-        api,
-        gateway.keys,
-        limits.max_bytes,
-        limits.deadline,
-        limits.max_concurrent,
-        api.routes,
-        limits.allowed_origins,
-        limits.root_path,
-    )
+    return Guard(api, gateway.arguments, gateway.keys, api.routes)
 
 
 def _annotate(api: FastAPI, gateway: Gateway) -> None:
@@ -141,7 +131,7 @@ def _annotate(api: FastAPI, gateway: Gateway) -> None:
 
 
 def _pages(api: FastAPI) -> None:
-    @api.get("/healthz", summary="Whether the service lives")
+    @api.get("/healthz", summary="Whether the service runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -155,10 +145,8 @@ def _pages(api: FastAPI) -> None:
 
     swagger = importlib.resources.files("swagger_ui_bundle").joinpath("vendor")
     newest = max(Path(str(swagger)).glob("swagger-ui-*"))
-    folders = {"/page": PAGE, "/viewer": VIEWER, "/docs": newest}
-    for path, folder in folders.items():
-        if folder.exists():
-            api.mount(path, StaticFiles(directory=folder))
+    for path, folder in {"/page": PAGE, "/viewer": VIEWER, "/docs": newest}.items():
+        api.mount(path, StaticFiles(directory=folder))
 
 
 async def _problem(request: Request, error: Any) -> Response:
@@ -170,5 +158,4 @@ async def _problem(request: Request, error: Any) -> Response:
     elif not isinstance(error, Problem):
         error = server_error()
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    body = json.dumps(error.body(path, request.state.request_id))
-    return Response(body, error.status, error.headers())
+    return error.response(path, request.state.request_id)

@@ -10,10 +10,10 @@ from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serve.arguments import EXAMPLE, checked, json_object, no_query
-from serve.guard import Problem
-from serve.service import Gateway, Sampling
-from shardsight.models.paligemma.prompts import Prompt, PromptError
+from serve.arguments import EXAMPLE, as_list, body_schema, checked, json_object, no_query
+from serve.problem import Problem
+from serve.service import Gateway
+from shardsight.models.paligemma.prompts import Prompt, PromptError, Sampling
 
 STARTED = int(time.time())
 LIMITS = """One user message with one text and one picture, a `data:` uri or an `s3://` uri under an allowed prefix; \
@@ -22,34 +22,21 @@ PaliGemma was trained without system messages and without several turns.
 The text is one of PaliGemma's forms: `caption en`, `ocr`, `answer en QUESTION`, `detect a ; b`, `segment a`, or free \
 text for models of PaliGemma 2 mix.
 
-Of the protocol's parameters, those below are honoured; those that cannot change the answer (as `user`, `metadata`, \
-`service_tier`) are accepted, and so are values that ask for nothing (as `n: 1`, `tools: []`); all others are refused \
-by name."""
+The parameters below are honoured. Those that cannot change the answer (`user`, `metadata`, `service_tier`, …) are \
+accepted, and so are default values of others (`n: 1`, `tools: []`, …). All else is refused by name."""
 # Parameters that cannot change the answer.
 NEUTRAL = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 }  # fmt: skip
-# Parameters that this server does not implement, with the values besides null that ask for nothing.
+# Parameters that are not implemented, with the values, besides null, that are accepted as they ask for nothing.
 UNUSED: dict[str, list[Any]] = {
-    "n": [1],
-    "top_logprobs": [0],
-    "presence_penalty": [0],
-    "frequency_penalty": [0],
-    "logit_bias": [{}],
-    "response_format": [{"type": "text"}],
-    "modalities": [["text"]],
-    "tools": [[]],
-    "tool_choice": ["none", "auto"],
-    "functions": [[]],
-    "function_call": ["none", "auto"],
-    "store": [False],
-    "reasoning_effort": ["none"],
-    "verbosity": ["medium"],
-    "audio": [],
-    "prediction": [],
-    "web_search_options": [],
-}
+    "n": [1], "top_logprobs": [0], "presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}],
+    "response_format": [{"type": "text"}], "modalities": [["text"]],
+    "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
+    "store": [False], "reasoning_effort": ["none"], "verbosity": ["medium"],
+    "audio": [], "prediction": [], "web_search_options": [],
+}  # fmt: skip
 
 
 class _Strict(BaseModel):
@@ -73,7 +60,7 @@ class ChatMessage(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_a_user(cls, value: Any) -> Any:
+    def _check_role(cls, value: Any) -> Any:
         role = value.get("role") if isinstance(value, dict) else None
         if isinstance(role, str) and role != "user":
             raise ValueError(f"PaliGemma takes no {role[:40]} messages: send one user message")
@@ -81,7 +68,7 @@ class ChatMessage(_Strict):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _with_a_picture(cls, value: Any) -> Any:
+    def _check_content(cls, value: Any) -> Any:
         if isinstance(value, str):
             raise ValueError("PaliGemma takes one text and one picture: give a list of a text and an image_url")
         return value
@@ -89,7 +76,7 @@ class ChatMessage(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # pads events, which changes no answer
+    include_obfuscation: bool | None = None  # padding of events: accepted, not done
 
 
 _ASKED = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": EXAMPLE}}]
@@ -97,7 +84,7 @@ _QUESTION = [{"role": "user", "content": _ASKED}]
 
 
 class Completion(_Strict):
-    """A chat completion's parameters that are honoured."""
+    """The parameters of a chat completion that are honoured."""
 
     model: str = Field(examples=["paligemma"])
     messages: list[ChatMessage] = Field(min_length=1, examples=[_QUESTION])
@@ -113,14 +100,11 @@ class Completion(_Strict):
     )
     logprobs: bool | None = None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    _list = field_validator("stop", mode="before")(as_list)
 
     @model_validator(mode="before")
     @classmethod
-    def _unused(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _check_unused(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, nothing in UNUSED.items():
             if (given := value.get(name)) is not None and given not in nothing:
                 raise ValueError(f"{name}: {json.dumps(given)[:100]} is not supported with PaliGemma: leave it out")
@@ -128,43 +112,43 @@ class Completion(_Strict):
 
     @field_validator("stream_options")
     @classmethod
-    def _of_a_stream(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+    def _check_stream(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
-            raise ValueError("allowed with stream: true alone")
+            raise ValueError("allowed only with stream: true")
         return value
 
-    def sampling(self, most: int) -> Sampling:
-        """most: tokens of an answer on this server. Raises Problem."""
+    def sampling(self, limit: int) -> Sampling:
+        """limit: of max_tokens on this server. Raises Problem."""
         for name in ("max_completion_tokens", "max_tokens"):
-            if (getattr(self, name) or 0) > most:
-                raise Problem(400, f"{name}: at most {most} on this server, not {getattr(self, name)}")
-        limit, top_p = self.max_completion_tokens or self.max_tokens or most, 1.0 if self.top_p is None else self.top_p
-        return Sampling(limit, self.temperature or 0.0, top_p, self.seed, tuple(self.stop or ()))
+            if (getattr(self, name) or 0) > limit:
+                raise Problem(400, f"{name}: at most {limit} on this server, not {getattr(self, name)}")
+        tokens, top_p = self.max_completion_tokens or self.max_tokens, 1.0 if self.top_p is None else self.top_p
+        return Sampling(tokens, self.temperature or 0.0, top_p, self.seed, tuple(self.stop or ()))
 
 
 def add(api: FastAPI, gateway: Gateway) -> None:
     """Add the endpoints."""
-    names = [name for name in gateway.models if name != "yolo"]
-    listed = [name.replace(" ", "-") for name in names]
+    names = {name.replace(" ", "-"): name for name in gateway.models if name != "yolo"}
 
     def known(name: str) -> str:
-        if name not in listed:
-            raise Problem(404, f"there is no model {name!r}: choose from {', '.join(listed) or 'none'}")
-        return names[listed.index(name)]
+        if name not in names:
+            raise Problem(404, f"there is no model {name!r}: choose from {', '.join(names) or 'none'}")
+        return names[name]
 
-    @api.get("/v1/models", summary="The PaliGemmas that may be asked")
+    @api.get("/v1/models", summary="The PaliGemma models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in listed]}
+        return {"object": "list", "data": [_model(name) for name in names]}
 
     @api.get("/v1/models/{name}", summary="One of them")
     async def model(name: Annotated[str, Path(examples=["paligemma"])]) -> dict[str, Any]:
         known(name)
         return _model(name)
 
-    content = {"application/json": {"schema": _inlined(Completion.model_json_schema())}}
+    path = "/v1/chat/completions"
+    content = {"application/json": {"schema": body_schema(Completion, path)}}
 
     @api.post(
-        "/v1/chat/completions",
+        path,
         summary="Ask PaliGemma about a picture",
         description=LIMITS,
         response_model=None,
@@ -177,10 +161,10 @@ def add(api: FastAPI, gateway: Gateway) -> None:
         text, image = _question(asked.messages)
         frame = await gateway.pictures.frame((await gateway.pictures.fetch(image))[1], {name: gateway.models[name]})
         parts = gateway.generate(name, frame, text, sampling, bool(asked.stream))
-        first = await anext(parts)  # what cannot be asked fails here, while the status can still say so
+        first = await anext(parts)  # a refusal is raised here, before the response has begun
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
-            return StreamingResponse(_events(head, _all(first, parts), asked), media_type="text/event-stream")
+            return StreamingResponse(_events(head, first, parts, asked), media_type="text/event-stream")
         last = [first, *[part async for part in parts]][-1]
         choice = {"index": 0, "message": {"role": "assistant", "content": last["text"], "refusal": None}}
         choice |= {"finish_reason": last["finish_reason"], "logprobs": _logprobs(last, 0) if asked.logprobs else None}
@@ -191,23 +175,6 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": STARTED, "owned_by": "shardsight"}
 
 
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema without references, which would be looked for in the whole document."""
-    definitions = schema.pop("$defs", {})
-
-    def inlined(node: Any) -> Any:
-        if isinstance(node, list):
-            return [inlined(one) for one in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return inlined(definitions[node["$ref"].rpartition("/")[2]])
-        return {name: inlined(value) for name, value in node.items()}
-
-    found: dict[str, Any] = inlined(schema)
-    return found
-
-
 def _question(messages: list[ChatMessage]) -> tuple[str, str]:
     """The text and the picture of the one message. Raises Problem."""
     if len(messages) != 1:
@@ -216,39 +183,32 @@ def _question(messages: list[ChatMessage]) -> tuple[str, str]:
     texts = [part.text for part in content if part.type == "text" and part.text]
     images = [part.image_url.url for part in content if part.type == "image_url" and part.image_url]
     if len(texts) != 1 or len(images) != 1 or len(content) != 2:
-        raise Problem(
-            400,
-            f"messages: PaliGemma takes one text and one picture, not {len(texts)} and {len(images)} of "
-            f"{len(content)} parts",
-        )
+        found = f"{len(texts)} and {len(images)} of {len(content)} parts"
+        raise Problem(400, f"messages: PaliGemma takes one text and one picture, not {found}")
     try:
         return Prompt.of(texts[0]).text, images[0]
     except PromptError as error:
         raise Problem(400, str(error)) from None
 
 
-async def _all(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    yield first
-    async for part in rest:
-        yield part
-
-
-async def _events(head: dict[str, Any], parts: AsyncIterator[dict[str, Any]], asked: Completion) -> AsyncIterator[str]:
-    """Server-sent events: what is new of the answer each time."""
+async def _events(
+    head: dict[str, Any], first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], asked: Completion
+) -> AsyncIterator[str]:
+    """Server-sent events, each with what the answer has gained. first, rest: the parts of Gateway.generate."""
     head = head | {"object": "chat.completion.chunk"}
-    text, count, said = "", 0, {}
+    text, count, part, following = "", 0, first, first
     yield _event(head, {"role": "assistant", "content": ""})
-    async for said in parts:
-        now = said["text"]
-        if now.endswith("\ufffd") and not said["finish_reason"]:  # half a character
-            continue
-        new, logprobs = now.removeprefix(text), _logprobs(said, count) if asked.logprobs else None
-        text, count = now, len(said["tokens"])
-        if new or logprobs:
-            yield _event(head, {"content": new}, logprobs=logprobs)
-    yield _event(head, {}, said["finish_reason"])
+    while following:
+        part = following
+        if part["finish_reason"] or not part["text"].endswith("\ufffd"):  # else its last character is incomplete
+            new, logprobs = part["text"].removeprefix(text), _logprobs(part, count) if asked.logprobs else None
+            text, count = part["text"], len(part["tokens"])
+            if new or logprobs:
+                yield _event(head, {"content": new}, logprobs=logprobs)
+        following = await anext(rest, {})
+    yield _event(head, {}, part["finish_reason"])
     if asked.stream_options and asked.stream_options.include_usage:
-        yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(said)})}\n\n"
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(part)})}\n\n"
     yield "data: [DONE]\n\n"
 
 
@@ -257,17 +217,12 @@ def _event(head: dict[str, Any], delta: dict[str, Any], finish_reason: str | Non
     return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
 
 
-def _logprobs(said: dict[str, Any], start: int) -> dict[str, Any]:
-    pairs = list(zip(said["tokens"], said["logprobs"], strict=True))[start:]
-    return {
-        "content": [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in pairs
-        ],
-        "refusal": None,
-    }
+def _logprobs(part: dict[str, Any], start: int) -> dict[str, Any]:
+    pairs = zip(part["tokens"][start:], part["logprobs"][start:], strict=True)
+    content = [{"token": token, "logprob": p, "bytes": list(token.encode()), "top_logprobs": []} for token, p in pairs]
+    return {"content": content, "refusal": None}
 
 
-def _usage(said: dict[str, Any]) -> dict[str, int]:
-    prompt, completion = said["prompt_tokens"], len(said["tokens"])
+def _usage(part: dict[str, Any]) -> dict[str, int]:
+    prompt, completion = part["prompt_tokens"], len(part["tokens"])
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

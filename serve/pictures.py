@@ -14,17 +14,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from serve.arguments import Arguments, Body, Options, json_object, options
-from serve.guard import Problem, too_large
+from serve.problem import Problem, too_large
 from shardsight.decode.pictures import MAX_PIXELS, stored_size
-from shardsight.models import lineup
-from shardsight.models.lineup import Lineup
+from shardsight.models import selection
+from shardsight.models.selection import ModelInfos
+from shardsight.object_stores import Rejected, StorageError
 from shardsight.row import ROW, frame_of
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
 
 FIELD = "image"
 LISTS = ("prompt", "classes")  # the options that may be given several times
-# What decoding says of what is no picture at all, and of one that is too large; all else is damaged.
+# By the error type of decoding; every other type is a damaged picture, 422.
 _STATUS = {"NotAnImage": 415, "TooManyPixels": 413}
 _ACCEPTED = (
     f"send multipart/form-data with a file named '{FIELD}', the picture's bytes with a content-type of image/jpeg, "
@@ -35,13 +36,13 @@ _NO_VIDEO = "videos are not annotated here: send single pictures, or give the vi
 
 @dataclass(frozen=True)
 class Pictures:
-    """Reads and decodes what callers send. storage: for pictures that are asked for by uri."""
+    """Reads and decodes the pictures of requests. storage: of those given by uri."""
 
     arguments: Arguments
     storage: Storage
 
     async def of(self, request: Request) -> tuple[str, bytes, Options]:
-        """A request's picture: its name, its bytes, and its options, of body and query. Raises Problem."""
+        """(name of the picture, its bytes, options of query and body). Raises Problem."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         query = _values(request.query_params)
         if kind == "multipart/form-data":
@@ -57,31 +58,28 @@ class Pictures:
         raise Problem(415, f"{kind or 'a body without a content-type'} is not read here: {_ACCEPTED}")
 
     async def fetch(self, image: str) -> tuple[str, bytes]:
-        """What a caller names: a data uri, or a picture under an allowed prefix. Raises Problem."""
+        """(name, bytes) of a data uri, or of a picture under an allowed prefix. Raises Problem."""
         if image[:5].lower() == "data:":
-            return "data:", _of_data_uri(image)
+            return "data:", _decode_data_uri(image)
         plain = is_remote(image) and not any(part in (".", "..") for part in image.split("/"))
         if not (plain and image.startswith(tuple(self.arguments.allowed_prefixes))):
-            raise Problem(
-                422,
-                "image: expected a data: uri (base64 alone needs data:image/jpeg;base64, before it), or an s3:// uri "
-                "under a prefix that this server allows",
-            )
-        most = self.arguments.max_bytes
+            forms = "a data: uri (data:image/jpeg;base64,…), or an s3:// uri under a prefix that this server allows"
+            raise Problem(422, f"image: expected {forms}")
+        limit = self.arguments.max_bytes
         try:
             size = await asyncio.to_thread(self.storage.size, image)
-            picture = await asyncio.to_thread(self.storage.read, image) if size <= most else b""
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            picture = await asyncio.to_thread(self.storage.read, image) if size <= limit else b""
+        except (FileNotFoundError, PermissionError, IsADirectoryError, Rejected):
             raise Problem(422, "there is no picture of that name that this server may read") from None
-        except Exception:  # botocore's are of no kind that tells them apart
-            raise Problem(503, "the store of the picture cannot be reached", after=5) from None
-        if size > most:
-            raise too_large(most)
+        except StorageError:
+            raise Problem(503, "the store of the picture cannot be reached", retry_after=5) from None
+        if size > limit:
+            raise too_large(limit)
         return image, picture
 
-    async def row(self, name: str, data: bytes, models: Lineup, on: str = "image") -> dict[str, Any]:
+    async def row(self, name: str, data: bytes, models: ModelInfos, on: str = "image") -> dict[str, Any]:
         """Encoded bytes → a row with its frame, as the job makes it for these models. Raises Problem."""
-        load = lineup.load(models, self.arguments.model_copy(update={"on": on}), self.storage)
+        load = selection.loader(models, self.arguments.model_copy(update={"on": on}), self.storage)
 
         def decoded() -> dict[str, Any]:
             _check_pixels(data, self.arguments.max_pixels)
@@ -89,31 +87,31 @@ class Pictures:
 
         return without_error(await asyncio.to_thread(decoded))
 
-    async def frame(self, data: bytes, models: Lineup) -> np.ndarray:
+    async def frame(self, data: bytes, models: ModelInfos) -> np.ndarray:
         """Encoded bytes → RGB uint8 (h, w, 3). Raises Problem."""
         row = await self.row("picture", data, models)
         return frame_of(row["frame"], row["frame_height"], row["frame_width"])
 
 
 def without_error(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, if nothing is wrong with its picture. Raises Problem, with the row of the contract in it."""
+    """The row itself. Raises Problem, with the public row in it, where the row has an error."""
     if (error := row["error"]) is None:
         return row
     raise Problem(_STATUS.get(error["type"], 422), error["message"], row=public(row))
 
 
 def public(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of the contract."""
+    """A row's columns that clients see."""
     return {name: row.get(name) for name in ROW.names}
 
 
 def decode_base64(text: str) -> bytes:
-    """Of either alphabet, wrapped in lines or not, with or without its padding. Raises ValueError."""
+    """Standard or URL-safe, with or without line breaks and padding. Raises ValueError."""
     plain = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/")).rstrip("=")
     return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
-def _of_data_uri(uri: str) -> bytes:
+def _decode_data_uri(uri: str) -> bytes:
     head, comma, data = uri.partition(",")
     try:
         if not comma or not head.rstrip().lower().endswith(";base64"):
@@ -132,13 +130,13 @@ async def _form(request: Request) -> tuple[str, bytes, dict[str, Any]]:
                 raise _no_picture(form)
             if (upload.content_type or "").lower().startswith("video/"):
                 raise Problem(415, _NO_VIDEO)
-            # With ? for half of a character, which some encodings of forms can say and JSON cannot.
+            # With ? for lone surrogates, which a form in UTF-7 can have and JSON in UTF-8 cannot.
             name = (upload.filename or "picture").encode(errors="replace").decode()
             fields = FormData([(field, value) for field, value in form.multi_items() if field != FIELD])
             return name, await upload.read(), _values(fields)
     except HTTPException as error:
         raise Problem(error.status_code, f"the form cannot be read: {error.detail}") from None
-    except (UnicodeError, ValueError) as error:  # of a charset that a form cannot be in
+    except ValueError as error:  # a UnicodeError among them, of bytes that are not in the form's charset
         raise Problem(400, f"the form cannot be read: {error}") from None
 
 
@@ -153,7 +151,7 @@ def _no_picture(form: FormData) -> Problem:
 
 
 def _values(given: QueryParams | FormData) -> dict[str, Any]:
-    """What may be given several times as lists, all else once. Raises Problem."""
+    """LISTS as lists, all else as single values. Raises Problem."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(given):
         values = given.getlist(name)
@@ -169,8 +167,8 @@ def _joined(query: Mapping[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     return {**query, **body}
 
 
-def _check_pixels(data: bytes, most: int) -> None:
-    """By the picture's head alone. What has none is for the decoder to refuse."""
+def _check_pixels(data: bytes, limit: int) -> None:
+    """By the picture's header alone. Without a readable header, the decoder refuses it. Raises Problem."""
     width, height = stored_size(data) or (0, 0)
-    if most < width * height <= MAX_PIXELS:  # beyond that, decoding refuses it, as in the job
-        raise Problem(413, f"{width}×{height} pixels; at most {most:,} are decoded here")
+    if limit < width * height <= MAX_PIXELS:  # beyond MAX_PIXELS, decoding makes an error row of it, as in the job
+        raise Problem(413, f"{width}×{height} pixels; at most {limit:,} are decoded here")

@@ -1,12 +1,12 @@
-"""The deployments: Gateway, which checks, reads and decodes what comes, and the models that it asks, a replica each."""
+"""The deployments: Gateway, which checks, reads and decodes requests, and the replicas of the models that it calls."""
 
 import asyncio
 import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
 from serve.arguments import Arguments, Options
-from serve.guard import Problem
 from serve.pictures import Pictures, public, without_error
+from serve.problem import Problem
 from shardsight.decode.frames import Load
 from shardsight.models.info import ModelDied
-from shardsight.models.lineup import Lineup
-from shardsight.models.paligemma.prompts import Prompt
+from shardsight.models.paligemma.prompts import Prompt, Sampling
+from shardsight.models.selection import ModelInfos
 from shardsight.row import Failure, without_frames
 from shardsight.storage import Storage
 
@@ -31,23 +31,11 @@ from shardsight.storage import Storage
 Thresholds = tuple[float, float, int, tuple[int, ...] | None]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
-READY_SECONDS = 2.0  # within which a replica has to answer to be ready
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How PaliGemma's tokens are chosen, and where its answer ends, as in OpenAI's protocol. temperature: 0 takes the
-    likeliest token. stop: texts before which the answer ends."""
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+READY_SECONDS = 2.0  # a replica that answers later is not ready
 
 
 def pack(table: pa.Table) -> pa.Buffer:
-    """For the way between processes: Ray's own pickling of a table with so many columns takes milliseconds."""
+    """As one Arrow stream, since Ray's own pickling of a table with so many columns takes milliseconds."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -59,7 +47,7 @@ def unpack(packed: pa.Buffer) -> pa.Table:
 
 
 class Replica:
-    """A model's process. Once the model has failed as a whole, Serve's health check ends it and starts another."""
+    """A model in a process of its own. Once the whole model has failed, Serve's health check replaces the process."""
 
     failed: str = ""
 
@@ -71,9 +59,19 @@ class Replica:
         """Raises ModelDied."""
         self.check_health()
 
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Raises ModelDied, also where an earlier call has."""
+        self.check_health()
+        try:
+            yield
+        except ModelDied as error:
+            self.failed = str(error)
+            raise
+
 
 class YoloReplica(Replica):
-    """A YOLO. arguments: of its class."""
+    """arguments: of Yolo."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.models.yolo.model import Yolo
@@ -82,17 +80,13 @@ class YoloReplica(Replica):
         self.sizes = metrics.Histogram("shardsight_yolo_batch", "Pictures of a batch", BATCHES)
         self.seconds = metrics.Histogram("shardsight_yolo_seconds", "The model's time for a batch", SECONDS)
         if self.model.compiles:
-            _ = self.model.compiled  # made on first use, which is to be now
+            _ = self.model.compiled  # else compiled for the first request
 
     async def __call__(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
-        """A packed load.TABLE and the thresholds of each row → the same without frames, with `detections`, `classes` or
-        `error`. Raises ModelDied."""
-        self.check_health()
-        try:
+        """A packed table of Load and the thresholds of each row → the same without frames, with `detections`,
+        `classes` or `error`. Raises ModelDied."""
+        with self.noting_failure():
             return await asyncio.to_thread(self.compute, packed, thresholds)
-        except ModelDied as error:
-            self.failed = str(error)
-            raise
 
     def compute(self, packed: pa.Buffer, thresholds: list[Thresholds]) -> pa.Buffer:
         started, table = time.perf_counter(), unpack(packed)
@@ -111,7 +105,7 @@ class YoloReplica(Replica):
 
 
 class PaliGemmaReplica(Replica):
-    """A PaliGemma, whose engine adds each request to the batch that it is computing. arguments: of its class."""
+    """arguments: of PaliGemma, whose engine adds each request to the batch that it is computing."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         from shardsight.models.paligemma.model import PaliGemma
@@ -120,73 +114,56 @@ class PaliGemmaReplica(Replica):
         self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
 
     async def annotate(self, packed: pa.Buffer, prompts: list[str], regions: bool, max_tokens: int) -> pa.Buffer:
-        """A packed load.TABLE of one row → the same without frames, with `answers`, its detections' `text`, or `error`.
-        Raises ModelDied."""
-        table = unpack(packed)
-        asked = self.model.ask_about(table, [Prompt.of(text) for text in prompts], regions, max_tokens)
-        waiting = [asyncio.wrap_future(future) for *_, future in asked.questions]
-        try:
-            await asyncio.gather(*waiting, return_exceptions=True)
-            if tokens := sum(len(one.result().ids) for one in waiting if not one.exception()):
-                self.tokens.inc(tokens)
-            return pack(without_frames(self.model.answered(asked)))
-        except ModelDied as error:
-            self.failed = str(error)
-            raise
-        finally:
-            asked.cancel()
+        """A packed table of Load, of one row → the same without frames, with `answers`, its detections' `text`, or
+        `error`. Raises ModelDied."""
+        with self.noting_failure():
+            asked = self.model.ask_about(unpack(packed), [Prompt.of(text) for text in prompts], regions, max_tokens)
+            waiting = [asyncio.wrap_future(future) for *_, future in asked.questions]
+            try:
+                await asyncio.gather(*waiting, return_exceptions=True)
+                if tokens := sum(len(one.result().ids) for one in waiting if not one.exception()):
+                    self.tokens.inc(tokens)
+                return pack(without_frames(self.model.answered(asked)))
+            finally:
+                for one in waiting:
+                    one.cancel()
 
     async def generate(
         self, frame: np.ndarray, text: str, sampling: Sampling, stream: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        """What there is of one answer, after each token with `stream`, or at its end: `text`, and of all tokens so far
-        `tokens` and `logprobs`. Raises ModelDied, Failure."""
+        """The answer so far, after each token with `stream`, and at its end: `text`, `tokens`, `logprobs` and
+        `finish_reason`; at the end also `prompt_tokens`. Raises ModelDied, Failure."""
         loop, generated = asyncio.get_running_loop(), asyncio.Queue[Any]()
         prompt, reader = Prompt.of(text), self.model.reader
+        tokens: list[str] = []
 
         def put(one: Any) -> None:
             loop.call_soon_threadsafe(generated.put_nowait, one)
-
-        future = self.model.ask(
-            frame,
-            prompt,
-            sampling.max_tokens,
-            sampling.temperature,
-            put if stream else None,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=sampling.stop,
-        )
-        future.add_done_callback(lambda _: put(None))
-        tokens: list[str] = []
 
         def part(one: Any) -> dict[str, Any]:
             tokens.extend(reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
             so_far = {"text": reader.text(one), "tokens": tokens[: len(one.ids)], "logprobs": one.logprobs}
             return so_far | {"finish_reason": None}
 
-        try:
-            while (one := await generated.get()) is not None:
-                yield part(one)
-            whole = future.result()
-            self.tokens.inc(len(whole.ids))
-            used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
-            yield part(whole) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
-        except ModelDied as error:
-            self.failed = str(error)
-            raise
-        finally:
-            future.cancel()
+        with self.noting_failure():
+            future = self.model.ask(frame, prompt, sampling, put if stream else None)
+            future.add_done_callback(lambda _: put(None))
+            try:
+                while (one := await generated.get()) is not None:
+                    yield part(one)
+                whole = future.result()
+                self.tokens.inc(len(whole.ids))
+                used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
+                yield part(whole) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
+            finally:
+                future.cancel()
 
 
 class Gateway:
-    """What the routes are made of: rows, frames, answers and readiness.
-
-    handles: of the models' deployments, by their names in the lineup. keys: digests of those that may ask.
-    """
+    """What the routes call. handles: of the models' deployments, by the models' names. keys: digests."""
 
     def __init__(
-        self, arguments: Arguments, models: Lineup, keys: list[bytes], handles: dict[str, DeploymentHandle]
+        self, arguments: Arguments, models: ModelInfos, keys: list[bytes], handles: dict[str, DeploymentHandle]
     ) -> None:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
         self.pictures = Pictures(arguments, Storage(arguments.storage, retry_seconds=arguments.deadline / 4))
@@ -197,7 +174,7 @@ class Gateway:
         return all(await asyncio.gather(*map(self._ready, names or self.models)))
 
     async def _ready(self, name: str) -> bool:
-        """One question at a time, however many ask: without a replica, questions wait where requests wait."""
+        """One probe at a time, shared by all that ask: without a replica, probes would fill the queue of requests."""
         if name not in self.probes or self.probes[name].done():
             self.probes[name] = asyncio.create_task(self._probe(name))
         return await asyncio.shield(self.probes[name])
@@ -207,7 +184,7 @@ class Gateway:
         try:
             await asyncio.wait_for(response, READY_SECONDS)
         except BackPressureError:
-            return True  # it has enough to do
+            return True  # busy
         except Exception as error:
             logging.getLogger("shardsight").info("%s is not ready: %r", name, error)
             response.cancel()
@@ -220,26 +197,25 @@ class Gateway:
         """As PaliGemmaReplica.generate. Raises Problem."""
         response = self.handles[name].options(stream=True).generate.remote(frame, text, sampling, stream)
         try:
-            async for part in response:
-                yield part
-        except _KNOWN as error:
-            raise _problem(error) from None
+            with _failures_as_problems():
+                async for part in response:
+                    yield part
         finally:
             response.cancel()
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0, max_concurrent_batches=2)
     async def detect(self, rows: list[dict[str, Any]], thresholds: list[Thresholds]) -> list[dict[str, Any]]:
-        """As YoloReplica, of several requests in one call: what comes during two calls is the next. Raises Problem.
+        """YoloReplica for several requests in one call: those that arrive during two calls are the next one's.
 
-        Together here, since a call from process to process takes as long as the model does.
+        Batched here, since a call between processes takes as long as the model does. Raises Problem.
         """
         asked = pack(Load.table(rows))
         found = unpack(await _result(self.handles["yolo"].remote(asked, thresholds)))
         return [row | one for row, one in zip(rows, found.to_pylist(), strict=True)]
 
     async def row(self, name: str, data: bytes, options: Options) -> dict[str, Any]:
-        """The row of the contract. Raises Problem, with the row in it where its `error` says what is wrong."""
-        models = self._asked(options)
+        """The public row. Raises Problem, with the row in it where it has an `error`."""
+        models = self._selected(options)
         row = await self.pictures.row(name, data, models, options.on)
         prompts = options.prompt or ["caption en"]
         classes = None if options.classes is None else tuple(options.classes)
@@ -253,36 +229,37 @@ class Gateway:
             row = without_error(row)
         return public(row)
 
-    def _asked(self, options: Options) -> Lineup:
+    def _selected(self, options: Options) -> ModelInfos:
         """The models that these options ask for. Raises Problem."""
         asks = bool(options.prompt) or options.on == "regions"
         models = {name: model for name, model in self.models.items() if asks or name == "yolo"}
         if asks and list(models) == ["yolo"]:
             raise Problem(422, "prompt: this server has no PaliGemma to ask")
         if not models:
-            raise Problem(422, "prompt: this server has PaliGemma alone, which has to be asked something")
+            raise Problem(422, "prompt: missing, and this server has only PaliGemma: give one, as caption en")
         if options.on == "regions" and ("yolo" not in models or len(options.prompt) > 1):
             raise Problem(422, "on: regions takes one prompt, and a server with both models")
         return models
 
 
-_KNOWN = (BackPressureError, RayActorError, DeploymentUnavailableError, ModelDied, Failure)
+@contextmanager
+def _failures_as_problems() -> Iterator[None]:
+    """Raises Problem for what a call of a replica may raise."""
+    try:
+        yield
+    except BackPressureError:
+        raise Problem(429, "the model's queue is full: try again later", retry_after=1) from None
+    except Failure as error:
+        raise Problem(422, error.message) from None
+    except (RayActorError, DeploymentUnavailableError, ModelDied):
+        raise Problem(503, "the model has failed and is being restarted: try again", retry_after=5) from None
 
 
 async def _result(response: Any) -> Any:
-    """A replica's result. Nobody waiting any more, it need not be computed. Raises Problem."""
+    """A replica's result; cancelled with the caller. Raises Problem."""
     try:
-        return await response
+        with _failures_as_problems():
+            return await response
     except asyncio.CancelledError:
         response.cancel()
         raise
-    except _KNOWN as error:
-        raise _problem(error) from None
-
-
-def _problem(error: Exception) -> Problem:
-    if isinstance(error, BackPressureError):
-        return Problem(429, "the model has more to do than it can: try again later", after=1)
-    if isinstance(error, Failure):
-        return Problem(422, error.message)
-    return Problem(503, "the model has just failed, and is started anew: try again", after=5)

@@ -76,6 +76,16 @@ def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_
     return stages
 
 
+def processes(stages: list[Stage]) -> dict[str, int]:
+    """Stage → how many processes may compute it; reading and decoding are one, on the CPUs that are left."""
+    free = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.actors[0] for stage in stages)
+    decoders = max(1, int(free))
+    found = {"read": decoders, "decode": decoders}
+    for stage in stages:
+        found[stage.kind] = found.get(stage.kind, 0) + stage.actors[1]
+    return found
+
+
 def gpu_memory(gpus: float) -> float:
     """The share of a GPU's memory for a process that Ray reserves so much of a GPU for, others sharing the rest."""
     return 0.9 * min(gpus or 1.0, 1.0)

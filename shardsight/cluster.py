@@ -4,6 +4,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from shardsight.errors import UsageError
 
@@ -18,20 +20,22 @@ def join(verbose: bool = False) -> bool:
         return False
     import ray
 
-    address = living_cluster()
+    with nullcontext() if verbose else _silent():  # Ray warns of several clusters on one machine
+        address = living_cluster()
     # Workers of a cluster of our own inherit the environment; with a runtime_env, Ray would start them all anew.
     stores = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
     environment = {} if address == "local" else stores
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own retries are no news to the user
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray logs each of its retries otherwise
     try:
-        ray.init(
-            address,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            log_to_driver=verbose,
-            include_dashboard=False,
-            runtime_env={"env_vars": environment} if environment else None,
-        )
+        with nullcontext() if verbose else _silent():
+            ray.init(
+                address,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=verbose,
+                include_dashboard=False,
+                runtime_env={"env_vars": environment} if environment else None,
+            )
     except Exception as error:
         raise UsageError(_why_not(address, error)) from error
     if not verbose:
@@ -39,6 +43,19 @@ def join(verbose: bool = False) -> bool:
 
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return address == "local"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Discard what Ray's native code writes to stderr, such as its log level; its errors are raised as well."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def joined() -> bool:

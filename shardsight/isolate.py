@@ -1,4 +1,4 @@
-"""A record at a time, each in a process that may die: for what a pass over everything has lost.
+"""Process records one at a time, in processes that may die: for records that an earlier pass lost.
 
 A record that kills its process twice while it is alone in it becomes an error row; its neighbours get their rows.
 """
@@ -22,10 +22,10 @@ from shardsight.sources import Record, Unit, printable, read
 
 # Of processes and nodes. An object is lost with the node that holds it.
 DEATHS = (WorkerCrashedError, RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-# Of its exceptions, Ray Data passes over all or none, and logs here each that it passes over.
-PASSED_OVER = "ray.data._internal.execution.streaming_executor_state"
-ATTEMPTS = 2  # a process that died once may have been somebody else's victim
-IN_A_ROW = 5  # records; when the processes of as many die, it is not the records
+# Where Ray Data logs the errors that it ignores (max_errored_blocks).
+IGNORED_ERRORS = "ray.data._internal.execution.streaming_executor_state"
+ATTEMPTS = 2  # the out-of-memory killer may have meant another process
+IN_A_ROW = 5  # records whose processes died; then the records are not the cause
 
 
 def is_death(error: BaseException) -> bool:
@@ -35,10 +35,10 @@ def is_death(error: BaseException) -> bool:
 
 @contextmanager
 def only_deaths() -> Iterator[None]:
-    """Let a dataset that passes over errors pass over deaths of processes and nodes alone, and raise any other.
+    """Make a dataset that ignores errors ignore only deaths of processes and nodes, and raise any other error.
 
-    Ray Data can tell errors apart by their number only. It logs each that it passes over, in the thread that runs the
-    dataset, and what a logger's filter raises there ends the dataset.
+    Ray Data can only ignore errors up to a number of them. It logs each ignored error in the thread that runs the
+    dataset, and what a logging filter raises there ends the dataset.
     """
 
     def check(entry: logging.LogRecord) -> bool:
@@ -47,7 +47,7 @@ def only_deaths() -> Iterator[None]:
             raise error
         return True
 
-    logger = logging.getLogger(PASSED_OVER)
+    logger = logging.getLogger(IGNORED_ERRORS)
     logger.setLevel(logging.ERROR)
     logger.propagate = logging.getLogger("ray.data").isEnabledFor(logging.ERROR)
     logger.addFilter(check)
@@ -91,7 +91,7 @@ class Isolate:
                 return
             except DEATHS as error:
                 unit = unit.without(done)
-                # Where no record was announced, reading kills the process, and the unit ends there.
+                # If no record was announced, reading itself kills the process, and the unit ends there.
                 record = current or replace(_next(unit), last=True)
                 deaths = deaths + 1 if record.id == suspect else 1
                 suspect = record.id
@@ -104,7 +104,7 @@ class Isolate:
                     return
 
     def annotate(self, table: pa.Table, id: str) -> pa.Table:
-        """One record's row through all stages, or to the one that it does not survive."""
+        """One record's row after all stages, or an error row from the stage that it killed."""
         for number, (stage, start) in enumerate(self.start):
             for attempt in range(1, ATTEMPTS + 1):
                 try:

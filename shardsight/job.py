@@ -1,4 +1,4 @@
-"""A job: what is there → what is left → passes over it → proof that each input is there once."""
+"""A job: find what is done and what is left, run passes over the rest, prove that each input is there once."""
 
 import re
 import sys
@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 
 from shardsight import settings as requests
 from shardsight.errors import Fault, UsageError
-from shardsight.models import lineup
-from shardsight.models.lineup import Lineup
+from shardsight.models import selection
+from shardsight.models.selection import ModelInfos
 from shardsight.results.coverage import Coverage
 from shardsight.results.writer import Results
 from shardsight.row import STAGES
@@ -26,18 +26,22 @@ from shardsight.settings import Settings
 from shardsight.sources import Listing, absolute
 from shardsight.storage import Storage, StorageError, explain
 
-# A second pass over what the first lost, because a process died in it; a third that isolates each record.
+# A second pass over what the first lost because a process died; a third that isolates each record.
 PASSES = ("all", "all", "isolated")
+# Seconds of retries while inputs are listed: a wrong address stays wrong.
+FIRST_RETRIES = 20.0
+# Errors whose message is a sentence for the user; Ray passes on only their names from workers.
+_UNDERSTOOD = ("Fault", "ModelError", "StorageError", "Unavailable", "NoAccess", "Busy", "Lost")
 
 
 class Watcher(Protocol):
-    """Who hears of a job's progress."""
+    """Is told of a job's progress."""
 
     def begin(self, done: int, total: int | None) -> None:
-        """A pass starts, of an output that has `done` rows of a `total` that may not be known yet."""
+        """A pass starts; the output has `done` rows of `total`, which is None while it is unknown."""
 
     def add(self, rows: int, errors: int, total: int | None) -> None:
-        """So many more have come."""
+        """So many more rows were computed, and so many errors written."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def load_results(output: str | PathLike[str], storage: dict[str, str] | None = N
 
 
 def run(settings: Settings, watcher: Watcher | None = None) -> Job:
-    """As `annotate`, of settings that are checked."""
+    """Run a job. Raises UsageError, JobError and JobInterrupted."""
     return _Run(settings, watcher).job()
 
 
@@ -133,6 +137,7 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
     before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)  # of each stage, at the most
     stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
 
     def job(self) -> Job:
@@ -141,25 +146,25 @@ class _Run:
         self.results = Results(settings.output, self.storage)
         exclude = self.results.out.rstrip("/") + "/"
         self.listing = Listing(
-            *(settings.inputs, self.storage, settings.uri_column, settings.limit, exclude),
+            *(settings.inputs, Storage(settings.storage, FIRST_RETRIES), settings.uri_column, settings.limit, exclude),
             image_column=settings.image_column,
         )
         self.listing.check()
-        self.models = lineup.known(settings)
+        self.models = selection.inspect(settings)
         try:
             self.results.prepare()
         except Exception as error:
             raise StorageError(explain(self.results.out, error)) from error
         with self.results.locked() as self.results:
-            self.done = self._what_is_there()
-            with self._written_down():
+            self.done = self._earlier()
+            with self._recorded():
                 self._drop_changed()
                 self.before = self.done.rows
                 self._passes()
         return Job(self.results.out, self.storage, self.content)
 
-    def _what_is_there(self) -> Coverage:
-        """What an earlier run left, after what --overwrite and --retry-errors take away. Raises UsageError."""
+    def _earlier(self) -> Coverage:
+        """The coverage that an earlier run left, after --overwrite and --retry-errors. Raises UsageError."""
         if self.settings.overwrite:
             self.results.clear()
         before = self.results.job()
@@ -170,7 +175,7 @@ class _Run:
         return self.results.done()
 
     def _drop_changed(self) -> None:
-        """Take away the rows of inputs that have changed since, so that they are missing and are run again."""
+        """Drop the rows of inputs that have changed since they were annotated, so that they are annotated again."""
         units, files = self.listing.changed(self.done)
         if units or len(files):
             before = self.done.rows
@@ -179,8 +184,8 @@ class _Run:
             self.content["changed_rows"] = before - self.done.rows
 
     @contextmanager
-    def _written_down(self) -> Iterator[None]:
-        """job.json says that the job runs, and at the end how it ended, whatever ends it. Raises JobError."""
+    def _recorded(self) -> Iterator[None]:
+        """Keep job.json true: "running" now, and how the job ended, whatever ends it. Raises JobError."""
         self.content = {
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
             **{"configuration": self.settings.record(), "versions": _versions()},
@@ -205,7 +210,7 @@ class _Run:
         self.results.save_job(self.content)
 
     def _failed(self, error: BaseException) -> None:
-        """Write down what ended a job, as far as the store still takes it."""
+        """Record in job.json what ended the job, if the store can still be written."""
         if isinstance(error, KeyboardInterrupt):
             self.content["status"] = "interrupted"
         else:
@@ -214,14 +219,14 @@ class _Run:
             self.done = self.results.done()
             self._account(self.done)
             self.results.save_job(self.content)
-        except Exception as another:  # the store is away, say: what ended the job is the one to tell of
+        except Exception as another:  # the first error is the one to report
             error.add_note(f"job.json could not be written: {another}")
             self._account(self.done)
 
     def _reason(self, error: BaseException) -> str:
-        """One sentence. Where it takes more to understand the error, its traceback is in a file that is named."""
+        """Why the job failed, as one sentence; for an unforeseen error it names the file with the traceback."""
         kind, said = _raised(error)
-        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in ("Fault", "ModelError"):
+        if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in _UNDERSTOOD:
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
         try:
@@ -243,15 +248,16 @@ class _Run:
             raise Fault("some inputs are missing from the results")
 
     def _pass(self, units: list[Any], alone: bool) -> None:
-        # Here, since a restart that finds all done needs neither the seconds nor the 80 MB.
+        # Imported here: a restart that finds everything done does not need Ray, which takes seconds and 80 MB.
         from shardsight import actors, cluster, isolate, pipeline, writing
 
         settings = self.settings
         cluster.join(settings.verbose)
-        load = lineup.load(self.models, settings, self.storage, settings.keep_images)
+        load = selection.loader(self.models, settings, self.storage, settings.keep_images)
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-        stages = actors.plan(lineup.arguments(self.models, settings), wanted, settings.gpus_per_actor)
+        stages = actors.plan(selection.arguments(self.models, settings), wanted, settings.gpus_per_actor)
         rows = pipeline.flow(units, load, stages, alone)
+        self.processes = actors.processes(stages)
         totals = _totals(self.done)
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
@@ -274,7 +280,7 @@ class _Run:
         return len(self.listing.files) + round(sum(known) / max(1, len(known)) * len(units))
 
     def _account(self, done: Coverage) -> None:
-        """What job.json says at the end; the proof is from the results files' footers, not from what was sent."""
+        """Fill in job.json. The proof comes from the footers of the results files, not from what was sent to them."""
         seconds = time.monotonic() - self.started
         errors: dict[str, dict[str, int]] = {}
         for (stage, type), count in sorted(done.errors.items()):
@@ -290,12 +296,19 @@ class _Run:
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
+            "bottleneck": self._bottleneck(),
             "stages": {stage: _spent(spent) for stage, spent in self.stages.items()},
         }
 
+    def _bottleneck(self) -> str | None:
+        """The stage whose processes were busiest; None if nothing was computed."""
+        busy = {stage: self.stages[stage]["clock_seconds"] / count for stage, count in self.processes.items()}
+        busiest = max(busy, key=lambda stage: busy[stage], default=None)
+        return busiest if busiest and busy[busiest] else None
+
 
 def _raised(error: BaseException) -> tuple[str, str]:
-    """(type, message) of what was raised, be it in a worker of Ray's, whose errors hold its traceback as text."""
+    """(type, message) of an error; of one from a Ray worker, read from the traceback that Ray passes on as text."""
     if not type(error).__module__.startswith("ray."):
         return type(error).__name__, " ".join(str(error).split())
     text = getattr(error, "traceback_str", "") or str(error)
@@ -317,10 +330,10 @@ def _totals(done: Coverage) -> dict[str, int]:
     return {name: unit.total for name, unit in done.units.items() if unit.total is not None}
 
 
-def _check_same(before: dict[str, Any], settings: Settings, models: Lineup, out: str) -> None:
-    """Whether what an earlier job left is of the same settings and models. Raises UsageError."""
+def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, out: str) -> None:
+    """Raises UsageError if an earlier job in this output had other settings or models."""
     changed = settings.changed(before["configuration"])
-    for name, model in models.items():  # trained anew, say, at the place where the others were
+    for name, model in models.items():  # weights may have been retrained in place
         then = before["models"].get(name, {})
         if then.get("sha256") != model.sha256:
             changed.setdefault(f"{name}'s sha256", (then.get("sha256"), model.sha256))

@@ -29,12 +29,12 @@ def read(*inputs: str, storage: dict[str, str] | None = None) -> Dataset:
 
 
 def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
-    """Units → annotated rows. What was in a process that died is missing from them, unless each record is isolated."""
+    """Units → annotated rows. Rows in a process that died are missing, unless each record is isolated."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # A block is what one call of the model gets, of frames; or what is not yet written.
     context.target_max_block_size = 64 << 10 if isolate else 32 << 20
-    # Deaths are passed over, as the driver sees from the footers what is missing; other errors: see `only_deaths`.
+    # Deaths are ignored: the driver sees in the footers what is missing. For other errors see isolate.only_deaths.
     context.max_errored_blocks = 0 if isolate else -1
     work = [{"unit": pickle.dumps(unit)} for unit in units]
     blocks = ray.data.from_items(work, override_num_blocks=min(len(work), 5000))

@@ -1,4 +1,4 @@
-"""What a person sees of a running job: a live bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of a running job: a live bar on a terminal, elsewhere a line every ten seconds."""
 
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 @dataclass
 class Progress:
-    """Hears of a job (see job.Watcher) and shows it."""
+    """Shows a job's progress (a job.Watcher)."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
     before: int = 0  # rows that were there when the pass began
@@ -91,6 +91,8 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
         table.add_row("changed", f"{job['changed_rows']:,} rows of inputs that changed since were made anew")
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
+    if job["bottleneck"]:
+        table.add_row("bottleneck", job["bottleneck"])
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")
     table.add_row("results", f"{where}/results/*.parquet")
     console.print(table, highlight=False)

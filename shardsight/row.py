@@ -1,8 +1,9 @@
-"""The row: one Arrow schema for every job, and what travels with a row until it is written."""
+"""The row: one Arrow schema for every job, and the columns that go with a row until it is written."""
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,17 +13,17 @@ DETECTION = pa.struct(
         ("label", pa.string()),
         ("class_id", pa.int32()),
         ("score", pa.float32()),
-        # Pixels of the original picture.
+        # Pixels of the original picture, as for all coordinates below.
         ("x1", pa.float32()),
         ("y1", pa.float32()),
         ("x2", pa.float32()),
         ("y2", pa.float32()),
         ("track_id", pa.int64()),
         ("angle", pa.float32()),  # radians, of an oriented box; x1 … y2 are then its envelope
-        # x, y of an oriented box's four corners, always 8 numbers; not a list of fixed size in Arrow, which
-        # pyarrow cannot read back from Parquet where some are null.
+        # x, y of an oriented box's four corners: 8 numbers, but not a fixed-size list, as pyarrow cannot read one with
+        # nulls back from Parquet.
         ("corners", pa.list_(pa.float32())),
-        # COCO's compressed RLE.
+        # COCO's compressed RLE, of the size of the picture.
         ("mask", pa.struct([("height", pa.int32()), ("width", pa.int32()), ("counts", pa.string())])),
         ("keypoints", pa.list_(pa.struct([("x", pa.float32()), ("y", pa.float32()), ("score", pa.float32())]))),
         ("text", pa.string()),
@@ -57,46 +58,56 @@ ROW = pa.schema(
     ]
 )
 
-# Where a row stands in the work (see Unit and Record in sources): a record of a unit, None for a loose file, and a
-# frame of the record, 0 of a picture. version: of the file that it was read from. ignored: with a unit's last row, how
+# Which input a row is of (see Unit and Record in sources): the unit, null for a loose file; the record in the unit; the
+# frame of the record, 0 for a picture. version: of the file that it was read from. ignored: in a unit's last row, how
 # many of its entries hold no picture, by reason, as JSON.
 PLACE = [
-    *[("unit", pa.string()), ("record", pa.int64()), ("last_record", pa.bool_())],
-    *[("frame_number", pa.int32()), ("last_frame", pa.bool_()), ("version", pa.string()), ("ignored", pa.string())],
+    ("unit", pa.string()),
+    ("record", pa.int64()),
+    ("last_record", pa.bool_()),
+    ("frame_number", pa.int32()),
+    ("last_frame", pa.bool_()),
+    ("version", pa.string()),
+    ("ignored", pa.string()),
 ]
-# RGB uint8, row after row, and its size, which is the model's rather than the picture's.
+# RGB uint8 (h, w, 3) as bytes, and its size, which may be smaller than the picture's.
 FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_height", pa.int32())]
 STAGES = ("read", "decode", "yolo", "paligemma")
-# What each stage spent on a row: by the clock, and of CPU time.
+# Wall-clock and CPU seconds that each stage spent on a row.
 SECONDS = [f"{stage}_{kind}_seconds" for stage in STAGES for kind in ("clock", "cpu")]
 
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """Why a record has no result; becomes the row's `error`.
-
-    type is a short name to count by (`TruncatedImage`), message a sentence for people.
-    """
+    """Why a record has no result: type, a name to count by such as `TruncatedImage`, and message, a sentence."""
 
     type: str
     message: str
 
     @staticmethod
     def of(error: Exception) -> "Failure":
-        """An exception that nobody foresaw, as a failure."""
+        """Any exception as a Failure."""
         return error if isinstance(error, Failure) else Failure(type(error).__name__, str(error) or repr(error))
 
     def row(self, stage: str) -> dict[str, str]:
+        """The value of ERROR."""
         return {"stage": stage, "type": self.type, "message": self.message[:1000]}
 
 
+def frame_columns(frame: np.ndarray, width: int, height: int) -> dict[str, Any]:
+    """A frame, RGB uint8 (h, w, 3), of a picture of width × height → the columns of a row that hold it."""
+    # tobytes makes a C-contiguous copy; pyarrow 25 never frees a memoryview.
+    row = {"width": width, "height": height, "frame": frame.tobytes()}
+    return row | {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
+
+
 def frame_of(data: bytes | pa.Buffer, height: int, width: int) -> np.ndarray:
-    """What FRAME holds → RGB uint8 (h, w, 3), without copying it."""
+    """The column `frame` of a row → RGB uint8 (h, w, 3), not copied."""
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
 def frames_of(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, RGB uint8 (h, w, 3)) of the rows that have a frame and no error, without copying it."""
+    """(row's index, RGB uint8 (h, w, 3), not copied) of the rows with a frame and without an error."""
     columns = (table[name] for name in ("frame", "frame_height", "frame_width", "error"))
     for index, (frame, height, width, error) in enumerate(zip(*columns, strict=True)):
         if frame.is_valid and not error.is_valid:
@@ -108,15 +119,15 @@ def without_frames(table: pa.Table) -> pa.Table:
 
 
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    """The table with another content of a column."""
+    """The table with one column replaced."""
     return table.set_column(table.schema.get_field_index(name), name, column)
 
 
 def version_of(*facts: object) -> str:
-    """What tells one state of a file from another, such as its size and time, or its ETag: 16 hexadecimal digits."""
+    """16 hexadecimal digits that change with the facts about a file, such as its size and time, or its ETag."""
     return digest("\0".join(map(str, facts)))[:8].hex()
 
 
 def digest(id: str) -> bytes:
-    """16 bytes that stand for an id: among a billion ids two agree with a chance of 1 in 10^21."""
+    """A hash of 16 bytes: the chance that any two of a billion ids collide is 1 in 10^21."""
     return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -39,7 +39,7 @@ Class = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Models(BaseSettings):
-    """What every door takes: the models, and how they look at a picture."""
+    """Settings of the job and the service alike: the models, and how they process a picture."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
@@ -92,7 +92,7 @@ class Models(BaseSettings):
     @field_validator("yolo", "adapter")
     @classmethod
     def _path(cls, value: str | None) -> str | None:
-        """As any other folder would say it, so that job.json is understood there."""
+        """Absolute, so that job.json can be used from any folder."""
         return value and absolute(value)
 
     @field_validator("paligemma")

@@ -60,7 +60,7 @@ class Storage:
     _stores: dict[tuple[str, str], Store] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __reduce__(self) -> Any:  # connections cannot be pickled
-        return Storage, (self.options, self.retry_seconds)
+        return type(self), (self.options, self.retry_seconds)
 
     def read(self, uri: str) -> bytes:
         if not is_remote(uri):

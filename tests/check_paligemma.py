@@ -20,11 +20,12 @@ from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from shardsight.decode.frames import TABLE
 from shardsight.models.info import ModelDied, ModelError
-from shardsight.models.paligemma import prefix
+from shardsight.models.paligemma import engine, prefix
 from shardsight.models.paligemma.answers import Generated
+from shardsight.models.paligemma.info import inspect
 from shardsight.models.paligemma.model import PaliGemma
 from shardsight.models.paligemma.prefix import Prefix, split, unsuited
-from shardsight.models.paligemma.prompts import Prompt
+from shardsight.models.paligemma.prompts import Prompt, Sampling
 from shardsight.row import Failure
 from tests.conftest import WEIGHTS
 from tests.small_paligemma import make, pictures
@@ -200,14 +201,14 @@ def test_stop_texts(model: PaliGemma) -> None:
         whole = model.ask(frame, prompt).result()
         text = model.reader.vocabulary.decode(whole.ids)
         heard: list[Generated] = []
-        stop = [text[-3:], "never said"]
-        cut = model.ask(frame, prompt, listener=heard.append, stop=stop).result()
+        stop = (text[-3:], "never said")
+        cut = model.ask(frame, prompt, Sampling(stop=stop), heard.append).result()
         assert cut.text == text[: text.index(stop[0])] and cut.finish_reason == "stop"
         assert all(cut.text.startswith(one.text or "") and len(one.ids) <= len(cut.ids) for one in heard)
         assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.logprobs) == len(cut.ids)
         assert model.reader.vocabulary.decode(cut.ids).startswith(cut.text)
         ended += len(cut.ids) < len(whole.ids)
-        other = model.ask(frame, prompt, stop=["never said"]).result()
+        other = model.ask(frame, prompt, Sampling(stop=("never said",))).result()
         assert (other.ids, other.finish_reason, other.text) == (whole.ids, whole.finish_reason, text)
     assert ended
 
@@ -217,14 +218,28 @@ def test_seed(model: PaliGemma) -> None:
     frames, prompt = pictures(4, seed=6), Prompt.of("describe en")
 
     def drawn(seed: int | None, top_p: float = 1.0) -> list[list[int]]:
-        asked = [model.ask(frame, prompt, temperature=1.0, seed=seed, top_p=top_p) for frame in frames]
+        asked = [model.ask(frame, prompt, Sampling(None, 1.0, top_p, seed)) for frame in frames]
         return [one.result().ids for one in asked]
 
     for seed in (7, -1):
-        alone = [model.ask(frame, prompt, temperature=1.0, seed=seed).result().ids for frame in frames]
+        alone = [model.ask(frame, prompt, Sampling(temperature=1.0, seed=seed)).result().ids for frame in frames]
         assert drawn(seed) == alone
     assert drawn(7) != drawn(8) and drawn(None) != drawn(None)
     assert drawn(None, top_p=0) == [model.ask(frame, prompt).result().ids for frame in frames]
+
+
+def test_engine_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests, running, waiting or yet to come, raise what ends and replaces the process; none waits for ever."""
+    broken = Mock(step=Mock(side_effect=RuntimeError("CUDA error")))
+    monkeypatch.setattr(engine, "load", lambda *_: broken)
+    failed = engine.Engine(inspect(str(folder)), engine.Limits("fp32", 256, 1, 1, 0.9, 1))
+    asked = [failed.submit(engine.Request(frame, [5], Sampling(4))) for frame in pictures(5)]
+    for future in asked:
+        with pytest.raises(ModelDied, match=r"CUDA error|has ended"):
+            future.result(timeout=60)
+    failed.thread.join()
+    with pytest.raises(ModelDied, match="has ended"):
+        failed.submit(engine.Request(pictures(1)[0], [5], Sampling(4))).result(timeout=60)
 
 
 def test_model_refused(folder: Path, tmp_path: Path) -> None:

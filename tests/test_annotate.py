@@ -247,7 +247,7 @@ def test_refusals(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detect
         ((folder, "--output", out), "--yolo"),
         ((folder, "--yolo", detector), "--output"),
         ((folder, "--output", out, "--yolo", tmp_path / "missing.pt"), "no weights at"),
-        ((folder, "--output", out, "--yolo", text), "cannot be loaded"),
+        ((folder, "--output", out, "--yolo", text), "no checkpoint at all"),
         ((folder, "--output", out, "--yolo", "yolov8n.pt"), "no weights at"),
         (("http://127.0.0.1/a.jpg", *fine), "neither a path nor"),
     ]:
@@ -312,14 +312,14 @@ def test_lists_and_uri_columns(tmp_path: Path, jpegs: list[bytes], annotate: Ann
         (tmp_path / "p" / f"{index}.jpg").write_bytes(jpegs[index])
     (tmp_path / "l.txt").write_text("p/0.jpg\n\np/nothing.jpg\np/0.jpg\n")
     (tmp_path / "l.csv").write_text(f"id,url\n7,{tmp_path}/p/1.jpg\n")
-    (tmp_path / "l.jsonl").write_text(json.dumps({"path": "p/2.jpg"}) + "\n" + json.dumps("http://x/y.jpg") + "\n")
+    (tmp_path / "l.jsonl").write_text(json.dumps({"path": "p/2.jpg"}) + "\n" + json.dumps("ftp://x/y.jpg") + "\n")
     pq.write_table(pa.table({"where": ["p/3.jpg", "p/gone.jpg"], "k": [1, 2]}), tmp_path / "l.parquet")
     lists = [tmp_path / f"l.{suffix}" for suffix in ("txt", "csv", "jsonl")]
     assert annotate(*lists, "--output", tmp_path / "o1", "--yolo", detector, "--max-error-rate", 1)[0] == 0
     found = {row["id"]: row["error"] and row["error"]["type"] for row in rows_of(tmp_path / "o1")}
     assert found == {
         **{f"{tmp_path}/p/{index}.jpg": None for index in range(3)},
-        **{f"{tmp_path}/p/nothing.jpg": "FileNotFoundError", "http://x/y.jpg": "UnsupportedUri"},
+        **{f"{tmp_path}/p/nothing.jpg": "FileNotFoundError", "ftp://x/y.jpg": "UnsupportedUri"},
     }
     code, said = annotate(
         *(tmp_path / "l.parquet", "--uri-column", "where", "--output", tmp_path / "o2", "--yolo", detector),

@@ -52,7 +52,7 @@ def test_records_that_end_their_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each becomes one error row, in every kind of input and in every stage, and costs no neighbour its row."""
-    monkeypatch.setattr("shardsight.models.lineup.Load", DeadlyLoad)
+    monkeypatch.setattr("shardsight.models.selection.Load", DeadlyLoad)
     monkeypatch.setattr("shardsight.pipeline.Annotator", DeadlyAnnotator)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -134,6 +134,7 @@ def test_reading_that_ends_the_process_ends_the_unit(
         def open(self, uri: str) -> Any:
             os.abort()
 
+    (tmp_path / "a.tar").touch()
     unit = Unit("tar", str(tmp_path / "a.tar"), skip=[(0, 2)])
     (row,) = carefully(unit, Load(Unreadable(), inspect(str(detector)).input))
     assert (row["unit"], row["record"], row["last_record"]) == (unit.uri, 2, True)

@@ -160,6 +160,7 @@ def test_the_library(folder: Path, one_ray: str, detector: Path, capfd: pytest.C
     """The lines of Python that a user of the wheel writes; nothing is printed."""
     job = shardsight.annotate(folder, output=folder.parent / "out", yolo=detector)
     assert (job.rows, job.errors, job.exactly_once) == (18, {}, True)
+    assert job.content["bottleneck"] in job.content["stages"]
     rows = job.results()
     assert rows.count_rows() == shardsight.load_results(folder.parent / "out").count_rows() == 18
     assert capfd.readouterr() == ("", "")

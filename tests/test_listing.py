@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardsight.results.coverage import Coverage, hashes
 from shardsight.row import Failure
 from shardsight.sources import InputError, Listing, pictures, read
-from shardsight.sources.paths import resolve
+from shardsight.sources.units import resolve
 from shardsight.storage import Storage
 from tests.conftest import place, write_tar
 

@@ -9,7 +9,7 @@ import pytest
 
 from shardsight.decode import frames as loading
 from shardsight.decode.frames import Load
-from shardsight.models import lineup
+from shardsight.models import selection
 from shardsight.settings import Models
 from shardsight.sources import Record
 from shardsight.storage import Storage
@@ -19,7 +19,7 @@ from tests.conftest import WEIGHTS
 @pytest.fixture
 def load() -> Load:
     settings = Models(yolo=str(WEIGHTS / "detect.pt"), imgsz=640)
-    return lineup.load(lineup.known(settings), settings, Storage())
+    return selection.loader(selection.inspect(settings), settings, Storage())
 
 
 def test_frames_are_let_go_of(load: Load, jpegs: list[bytes]) -> None:

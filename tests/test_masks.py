@@ -9,8 +9,9 @@ from pycocotools import mask as rle
 from torch.nn import functional as F
 
 from demo.scenes import Scene
+from demo.train_masks import MaskEncoder
 from demo.writers import coco_rle, mask_crops
-from shardsight.models.paligemma.masks import MaskDecoder, MaskEncoder, MaskError, paste
+from shardsight.models.paligemma.masks import MaskDecoder, MaskError, paste
 from tests.conftest import WEIGHTS
 
 VQVAE = WEIGHTS / "paligemma" / "vae-oid.npz"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsight.models.paligemma.prompts import Found, Prompt, PromptError, Vocabulary, decode_box, encode_box, find
+from shardsight.models.paligemma.prompts import Found, Prompt, PromptError, Vocabulary, decode_box, find
 from tests.small_paligemma import tokenizer
 
 TOKENIZER = tokenizer()
@@ -136,7 +136,7 @@ def test_boxes_within_half_a_bin(width: int, height: int, shares: list[float]) -
     """Pixels → tokens → text → tokens → pixels."""
     x1, x2 = sorted(share * width for share in shares[:2])
     y1, y2 = sorted(share * height for share in shares[2:])
-    locations = encode_box((x1, y1, x2, y2), width, height)
+    locations = [round(1023 * share) for share in (y1 / height, x1 / width, y2 / height, x2 / width)]  # as big_vision
     answer = found("".join(f"<loc{location:04}>" for location in locations) + " cat")
     if locations[0] == locations[2] or locations[1] == locations[3]:
         assert not answer

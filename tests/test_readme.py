@@ -15,12 +15,12 @@ import pytest
 
 from demo.scenes import COLOURS, KINDS, WORDS
 from demo.writers import TASKS
-from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, rows_of
+from tests.conftest import BIN, ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, rows_of
 from tests.small_paligemma import make
 
 # As the demo's PaliGemma was trained to say it; random weights, or another prompt form, do not.
 CAPTION = f"an? ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})( that says ({'|'.join(WORDS)}))?"
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.mark.timeout(900)
@@ -37,7 +37,7 @@ def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: li
     plain["PATH"] = f"{ROOT / '.venv' / 'bin'}{os.pathsep}{plain['PATH']}"
     keys = {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
     assert BLOCKS
-    for block in BLOCKS:
+    for language, block in BLOCKS:
         command = block.replace("http://127.0.0.1:9000", s3.url).replace(
             "--yolo weights.pt", f"--yolo {WEIGHTS}/detect.pt"
         )
@@ -46,7 +46,8 @@ def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: li
         if command == "make serve\n":
             service = _serve(environment)
             continue
-        done = subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        run = ["bash", "-ec", command] if language == "bash" else [BIN / "python", "-c", command]
+        done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (block, done.stdout, done.stderr)
         assert "make demo" not in block or "PaliGemma's answers against the truth" in done.stdout
         if "/v1/annotate" in block:

@@ -41,7 +41,7 @@ def test_wrong_requests_are_one_sentence(s3: S3, tmp_path: Path, annotate: Annot
         (("s3://wrong", *fine, *s3.options(key="other")), "keys"),
         (("s3://wrong", *fine, *s3.options(secret="other")), "keys"),
         (("s3://missing-bucket/in", *fine, *s3.options()), "bucket missing-bucket"),
-        (("s3://wrong/no/such/prefix", *fine, *s3.options()), "nothing at"),
+        (("s3://wrong/no/such/prefix", *fine, *s3.options()), "does not exist"),
         (("s3://wrong", "--output", "s3://missing-bucket/out", "--yolo", detector, *s3.options()), "missing-bucket"),
     ]:
         code, said = annotate(*arguments)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import quote
 
 import httpx
@@ -25,9 +26,11 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 
 from serve.arguments import EXAMPLE, Arguments, Options, options
-from serve.guard import MOST_BYTES, Guard, Problem, ProxyProblems, _Unpacker, digest
-from serve.pictures import decode_base64
+from serve.guard import Guard, ProxyProblems, _Unpacker, digest
+from serve.pictures import Pictures, decode_base64
+from serve.problem import MAX_BODY_BYTES, Problem
 from shardsight.models.info import ModelDied
+from shardsight.object_stores import NoAccess, Rejected, Unavailable
 from tests.chaos.service import within
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
 from tests.test_annotate import mixed_inputs
@@ -432,6 +435,20 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
 
 
 @pytest.mark.parametrize(
+    "error, status",
+    [(Unavailable("slow"), 503), (NoAccess("no key"), 503), (Rejected("too long"), 422), (PermissionError(), 422)],
+)
+def test_errors_of_a_store(error: Exception, status: int) -> None:
+    """What may pass may be tried again; a bug of ours is neither the store's fault nor the client's."""
+    arguments = Arguments(allowed_prefixes=["s3://served"])
+    with pytest.raises(Problem) as problem:
+        asyncio.run(Pictures(arguments, Mock(size=Mock(side_effect=error))).fetch("s3://served/a.jpg"))
+    assert problem.value.status == status
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(Pictures(arguments, Mock(size=Mock(side_effect=ZeroDivisionError))).fetch("s3://served/a.jpg"))
+
+
+@pytest.mark.parametrize(
     "request_, status, words",
     [
         ({"files": {"image": b"no picture"}}, 415, "no picture format"),
@@ -586,13 +603,8 @@ async def _swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def _guard(app: Any = _swallow, **changed: Any) -> Any:
-    limits: dict[str, Any] = {
-        "keys": [digest("one"), digest("two")],
-        "max_bytes": 100,
-        "deadline": 5.0,
-        "max_concurrent": 2,
-    }
-    return Guard(app, **limits | {"routes": []} | changed)
+    limits = Arguments(**{"max_bytes": 100, "deadline": 5.0, "max_concurrent": 2} | changed)
+    return Guard(app, limits, [digest("one"), digest("two")], [])
 
 
 @pytest.mark.parametrize("given, status", [("Bearer two", 408), ("Bearer three", 401), ("Basic two", 401), ("", 401)])
@@ -732,7 +744,7 @@ def test_what_the_proxy_says_of_a_gateway_that_is_not_there(says: int | None, st
             await send({"type": "http.response.start", "status": says, "headers": kind})
             await send({"type": "http.response.body", "body": b"ActorDiedError: pid=7, ip=10.0.0.1"})
 
-    parts = [bytes(1 << 20)] * ((MOST_BYTES >> 20) + 8)
+    parts = [bytes(1 << 20)] * ((MAX_BODY_BYTES >> 20) + 8)
     start, body = asyncio.run(_through(ProxyProblems(proxy), {"x-request-id": "mine"}, parts))
     problem = json.loads(body["body"])
     assert start["status"] == problem["status"] == status and problem["instance"] == "urn:request:mine"

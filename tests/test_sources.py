@@ -99,7 +99,7 @@ def test_paths_and_json() -> None:
     assert absolute("file:///a%20b/c.jpg") == "/a b/c.jpg"
     assert absolute("s3://b/k #1.jpg") == "s3://b/k #1.jpg"
     with pytest.raises(InputError):
-        absolute("gs://b/k")
+        absolute("https://b/k")
     assert json.loads(as_json({"a": [float("inf"), b"x", "é"], "b": {"c": float("nan")}})) == {
         "a": [None, "eA==", "é"],
         "b": {"c": None},

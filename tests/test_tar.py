@@ -191,6 +191,7 @@ def meaning(entries: list[Entry], index: int, depth: int = 0) -> bytes | None:
     st.sampled_from(list(COMPRESS)),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
 )
+@example([("a.jpg", b"0", "a.jpg"), ("a.jpg", b"5", "a.jpg"), ("a.jpg", b"1", "a.jpg")], 0, "tar", tarfile.PAX_FORMAT)
 @settings(max_examples=150)
 def test_every_member_is_accounted_for(
     drawn: list[tuple[str, bytes, str]], joint: int, ending: str, format: int
@@ -311,6 +312,17 @@ def test_what_follows_an_archive_is_read_or_said(tmp_path: Path) -> None:
     assert failures(found) == [None, "TruncatedTar"] and "10,240" in (
         (found[1].failure and found[1].failure.message) or ""
     )
+
+
+def test_damage_after_a_link_costs_nothing_before_it(tmp_path: Path) -> None:
+    """A checksum that is wrong at the end of a file of joined archives must not hide the later ones' members."""
+    one = tar_of([member("a.jpg", b"A"), member("b.jpg", b"", tarfile.SYMTYPE, "a.jpg")])
+    data = bytearray(gzip.compress(one + tar_of([member("c.jpg", b"C")])))
+    data[-8] ^= 1
+    (tmp_path / "a.tgz").write_bytes(data)
+    found = records(tmp_path / "a.tgz")
+    assert [record.data for record in found] == [b"A", b"A", b"C", None]
+    assert failures(found) == [None, None, None, "TruncatedTar"]
 
 
 def test_what_is_no_tar_is_named(tmp_path: Path) -> None:

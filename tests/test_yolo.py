@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle
-from ultralytics import YOLO
-from ultralytics.utils import nms
 
 from demo.scenes import Scene, scene, scenes
 from demo.score import average_precision, rle_of
@@ -25,6 +23,10 @@ from shardsight.models.yolo.model import Yolo
 from shardsight.sources import Record
 from shardsight.storage import Storage
 from tests.conftest import PHOTOGRAPHS, WEIGHTS
+
+# isort: split
+from ultralytics import YOLO  # after shardsight, which sets how ultralytics loads weights
+from ultralytics.utils import nms
 
 LOW = 0.05  # confidence: enough detections on photographs to compare, which the demo's weights never saw
 

@@ -1,4 +1,4 @@
-"""EXIF's orientation, and the directories of TIFF, of which EXIF is one."""
+"""EXIF orientation, and the tag directories of TIFF, whose format EXIF uses too."""
 
 import struct
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ ORIENTATION = 0x0112
 def entries(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
     """(position, tag, type, count, value or its offset) of the first directory of a TIFF, BigTIFF or EXIF block.
 
-    Ends where the data ends or makes no sense: what stands before is still of use.
+    Stops without an error where the data ends or cannot be read: the entries before are still of use.
     """
     order = byte_order(data)
     if not order:
         return
-    start, number, entry = ("Q", "Q", "HHQ8s") if is_big(data) else ("I", "H", "HHI4s")
+    offset, number, entry = ("Q", "Q", "HHQ8s") if is_big(data) else ("I", "H", "HHI4s")
     try:
-        (at,) = struct.unpack_from(order + start, data, 8 if is_big(data) else 4)
+        (at,) = struct.unpack_from(order + offset, data, 8 if is_big(data) else 4)
         (count,) = struct.unpack_from(order + number, data, at)
         at += struct.calcsize(order + number)
         for _ in range(count):
@@ -29,19 +29,19 @@ def entries(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
 
 
 def byte_order(data: bytes) -> str:
-    """struct's sign for it; empty for what is no TIFF."""
+    """`<` or `>`, as in the module struct; empty where the data is not TIFF."""
     return {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}.get(data[:4], "")
 
 
 def is_big(data: bytes) -> bool:
+    """Whether it is BigTIFF, whose offsets and counts have 64 bits."""
     return b"+" in data[2:4]
 
 
 def orientation(exif: bytes) -> int | None:
-    """1 to 8 (1 for any other number); None where the block says nothing of it.
+    """EXIF orientation, 1 to 8, and 1 for any other number; None without the tag.
 
-    Two bytes of the value count, whatever type the entry claims, and the other two may be missing, as in
-    OpenCV and so in ultralytics.
+    As OpenCV and so ultralytics read it: from two bytes, whatever the entry's type; the two after may be missing.
     """
     for _, tag, _, _, value in entries(exif + b"\0\0"):
         if tag == ORIENTATION:
@@ -54,8 +54,6 @@ def upright(frame: np.ndarray, orientation: int) -> np.ndarray:
     """A frame (H, W, C) as stored → as shown, contiguous."""
     if orientation >= 5:
         frame = frame.transpose(1, 0, 2)
-    if orientation in (2, 3, 7, 8):
-        frame = frame[:, ::-1] if orientation in (2, 3) else frame[::-1]
-    if orientation in (3, 4, 6, 7):
-        frame = frame[::-1] if orientation in (3, 4) else frame[:, ::-1]
-    return np.ascontiguousarray(frame)
+    vertical = -1 if orientation in (3, 4, 7, 8) else 1
+    horizontal = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(frame[::vertical, ::horizontal])

@@ -1,4 +1,4 @@
-"""Units → tables of decoded frames: reading and decoding in one process, with no copy between them."""
+"""Units → tables of decoded frames. Reading and decoding share a process, so that no encoded bytes are copied."""
 
 import ctypes
 import json
@@ -13,32 +13,32 @@ import numpy as np
 import pyarrow as pa
 
 from shardsight.decode.pictures import decode
-from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure
+from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns
 from shardsight.sources import Record, read
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
-BYTES, ROWS = 64 << 20, 256  # of frames and of rows that wait to be handed on
+BYTES, ROWS = 64 << 20, 256  # of one table, at most by about a picture more
 
 
 class Input(Protocol):
-    """What a model makes of a picture."""
+    """The input of a model: which size of a picture of width × height it needs."""
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) below which a picture would lose what the model could see."""
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) below which the model would see less detail."""
 
     def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
-        """The frame of a picture of width × height, no larger than the model needs it."""
+        """The picture's frame, uint8 (h, w, 3) of any size, no larger than the model needs it."""
 
 
 @dataclass(frozen=True)
 class Largest:
-    """What several models need of a picture; each makes its own input of it."""
+    """The size that suffices for several models, each of which shrinks the frame for itself."""
 
     inputs: tuple[Input, ...]
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
-        widths, heights = zip(*(input.enough(width, height) for input in self.inputs), strict=True)
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        widths, heights = zip(*(input.needed_size(width, height) for input in self.inputs), strict=True)
         return max(widths), max(heights)
 
     def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -49,9 +49,8 @@ class Largest:
 class Load:
     """Reads and decodes units.
 
-    input: the model's, whose size the frames need not exceed; at their own size without. scaled: decode JPEGs no larger
-    than it.
-    keep_images: leave the encoded bytes in the row.
+    input: the model's, for which frames are shrunk; without, they keep their size. scaled: decode JPEGs no larger than
+    the model needs. keep_images: keep the encoded bytes in the row.
     """
 
     storage: Storage
@@ -74,47 +73,40 @@ class Load:
         yield self.table(rows)
 
     def row(self, record: Record) -> dict[str, Any]:
-        """One record as a row of TABLE; what cannot be decoded has an `error` and no frame."""
-        row: dict[str, Any] = {
-            **{"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None},
-            **{"image": record.data if self.keep_images else None},
-            **{"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version},
-            **{
-                "frame_number": 0,
-                "last_frame": True,
-                "ignored": json.dumps(record.ignored) if record.ignored else None,
-            },
-            **{"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]},
-        }
+        """One record as a row of TABLE, where missing columns are null; a failure is an `error` and no frame."""
+        row: dict[str, Any] = {"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None}
+        row |= {"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version}
+        row |= {"frame_number": 0, "last_frame": True}
+        row |= {"ignored": json.dumps(record.ignored) if record.ignored else None}
+        row |= {"image": record.data if self.keep_images else None}
+        row |= {"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]}
         if record.failure:
             return row | {"error": record.failure.row("read")}
         clock, cpu = time.perf_counter(), time.thread_time()
         try:
-            frame, width, height = self.decode(record.data or b"")
-            # Not as a memoryview, which pyarrow 25 never lets go of.
-            row |= {"width": width, "height": height, "frame": frame.tobytes()}
-            row |= {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
-        except Exception as error:  # of whatever kind: it is this picture's, and no other must suffer
+            row |= frame_columns(*self.decode(record.data or b""))
+        except Exception as error:  # whatever a decoder raises is an error of this picture alone
             row["error"] = Failure.of(error).row("decode")
         clock, cpu = time.perf_counter() - clock, time.thread_time() - cpu
         return row | {"decode_clock_seconds": clock, "decode_cpu_seconds": cpu}
 
     def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
-        """Encoded bytes → frame, RGB uint8 (h, w, 3), and the picture's own (width, height)."""
-        frame, width, height = decode(data, self.input.enough if self.input and self.scaled else None)
-        frame = self.input.shrink(frame, width, height) if self.input else frame
-        return np.ascontiguousarray(frame), width, height
+        """Encoded bytes → frame, RGB uint8 (h, w, 3), and the full picture's width and height. Raises Failure."""
+        frame, width, height = decode(data, self.input.needed_size if self.input and self.scaled else None)
+        return self.input.shrink(frame, width, height) if self.input else frame, width, height
 
     @staticmethod
     def table(rows: list[dict[str, Any]]) -> pa.Table:
-        """Rows as of `row`, whatever they lack null → a table of TABLE."""
-        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in TABLE]
-        return pa.Table.from_arrays(columns, schema=TABLE)
+        """Rows as from `row` → a table of TABLE."""
+        return pa.Table.from_pylist(rows, TABLE)
 
 
 def default_fatal_signals() -> None:
-    """Let a fatal signal end the process, at the start of each of Ray's. Ray's own handler writes a stack trace; where
-    that faults in turn, it is called again without end: the process lives on, and the job waits for it."""
+    """Let a fatal signal end this process; to be called at the start of a process of Ray.
+
+    Ray's own handler writes a stack trace. If that faults too, the handler is called again without end: the process
+    never dies, and the job waits for it forever.
+    """
     libc = ctypes.CDLL(None)  # signal.signal works in the main thread only
     for fatal in (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV):
         libc.signal(int(fatal), int(signal.SIG_DFL))

@@ -1,4 +1,4 @@
-"""Encoded bytes → RGB uint8 (H, W, 3), as people see the picture."""
+"""Encoded bytes → RGB uint8 (h, w, 3), as a viewer shows the picture."""
 
 import io
 import zlib
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from shardsight.decode import exif
-from shardsight.decode.jpeg import Jpeg, Size
+from shardsight.decode.jpeg import Jpeg, NeededSize
 from shardsight.decode.tiff import Layout, without_metadata
 from shardsight.row import Failure
 
@@ -19,20 +19,21 @@ _DECODED_ENDINGS = """
     jp2 j2k j2c jpc jpf jpx pbm pgm ppm pnm tga icb vda vst ico cur icns psd qoi dds pcx dcx sgi rgb rgba bw
     ras xbm xpm fli flc msp blp ftc ftu gbr im pxr
 """
-# Pictures too, and each an UnsupportedImage: raw photographs, floating-point numbers, drawings, and codecs
-# that neither Pillow nor OpenCV has.
+# Pictures that become an UnsupportedImage: raw photographs, floating-point numbers, drawings, and codecs that neither
+# Pillow nor OpenCV has.
 _UNSUPPORTED_ENDINGS = """
     dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f erf kdc mrw 3fr mef iiq rwl
     pfm hdr exr fits svg svgz eps wmf emf jxl jxr wdp hdp xcf dcm djvu bpg flif
 """
-# The file endings, lower case and with their dot, of what is a picture by its name.
+# The endings by which a file counts as a picture, in lower case and with the dot.
 ENDINGS = frozenset(f".{ending}" for ending in (_DECODED_ENDINGS + _UNSUPPORTED_ENDINGS).split())
 
-# (where, bytes, name) of pictures that are known, and not decoded.
+_RAW = "a camera's raw photograph"
+# (offset, magic number, name) of formats that are recognised but not decoded.
 _UNSUPPORTED = [
-    *((0, magic, "a camera's raw photograph") for magic in (b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM", b"IIRO", b"IIRS")),
-    *((0, magic, "a camera's raw photograph") for magic in (b"IIU\0", b"II\x1a\0\0\0HEAPCCDR", b"MMOR")),
-    (4, b"ftypcrx ", "a camera's raw photograph"),
+    *((0, magic, _RAW) for magic in (b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM", b"IIRO", b"IIRS", b"IIU\0", b"MMOR")),
+    (0, b"II\x1a\0\0\0HEAPCCDR", _RAW),
+    (4, b"ftypcrx ", _RAW),
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
     (0, b"II\xbc", "JPEG XR"),
@@ -52,33 +53,34 @@ _UNSUPPORTED = [
     (0, b"FLIF", "FLIF"),
     (12, b"CgBI", "Apple's variant of PNG (CgBI)"),
 ]
-# Pillow's EPS runs Ghostscript. The others are no pictures, thumbnails, or numbers without a defined brightness.
+# Pillow's plugins that are not used: EPS runs Ghostscript; the others read no pictures, thumbnails alone, or numbers
+# without a defined brightness.
 _NOT_OPENED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS", "SPIDER"}
 _NOT_OPENED |= {"IPTC", "MCIDAS", "PCD", "IMT", "XVTHUMB"}
-_NOT_SUPPORTED = ("unsupported", "not supported", "unknown", "unimplemented", "cannot handle", "unrecognized")
+_UNSUPPORTED_WORDS = ("unsupported", "not supported", "unknown", "unimplemented", "cannot handle", "unrecognized")
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1")
 
 
-def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, int]:
+def decode(data: bytes, needed_size: NeededSize | None = None) -> tuple[np.ndarray, int, int]:
     """Decode the first picture in `data`.
 
-    enough: given the picture's (width, height), the (width, height) that the model needs. A JPEG is
-    then decoded at the smallest of libjpeg's scales (eighths) that is no smaller than that.
+    needed_size: given the picture's (width, height), the (width, height) that the model needs. A JPEG is then decoded
+    at the smallest of libjpeg's scales (eighths) that is no smaller than that.
 
-    Returns the frame and the (width, height) of the picture as shown: after EXIF orientation (as OpenCV
-    reads it), alpha over white, 16 bits cut to 8, CMYK and palettes converted. Raises Failure.
+    Returns the frame, and the full picture's width and height, both after EXIF orientation (as OpenCV reads it). Alpha
+    is blended over white, 16 bits are cut to 8, CMYK and palettes converted to RGB. Raises Failure.
     """
     if not data:
         raise Failure("EmptyFile", "the file holds no bytes")
     if data[:3] == _JPEG:
         jpeg = Jpeg.read(data)
         _check_size(jpeg.width, jpeg.height)
-        decoded = jpeg.decode(enough)
+        decoded = jpeg.decode(needed_size)
         if decoded:
             return decoded
-        frame = _decode_odd_jpeg(jpeg)
+        frame = _jpeg_by_pillow(jpeg)
     elif exif.byte_order(data):
         frame = _decode_tiff(data)
     else:
@@ -87,9 +89,9 @@ def decode(data: bytes, enough: Size | None = None) -> tuple[np.ndarray, int, in
 
 
 def stored_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a picture before it is turned, by its header alone.
+    """(width, height) by the header alone, before EXIF orientation.
 
-    None where that cannot be read, or says more than MAX_PIXELS: there decode raises its Failure.
+    None where it cannot be read or, for some formats, is above MAX_PIXELS: decode then raises Failure.
     """
     try:
         if data[:3] == _JPEG:
@@ -103,12 +105,11 @@ def stored_size(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def _decode_odd_jpeg(jpeg: Jpeg) -> np.ndarray:
+def _jpeg_by_pillow(jpeg: Jpeg) -> np.ndarray:
     try:
-        frame = _rgb(_open(jpeg.without_metadata()))
+        frame = rgb(_open(jpeg.without_metadata()))
     except Failure:
-        unsupported = jpeg.unsupported()
-        if unsupported:
+        if unsupported := jpeg.unsupported():
             raise Failure("UnsupportedImage", unsupported) from None
         raise
     return exif.upright(frame, jpeg.orientation)
@@ -122,25 +123,21 @@ def _decode_tiff(data: bytes) -> np.ndarray:
     try:
         if layout.pillow_misreads or data[:4] == b"MM\0+":  # Pillow 13 reads a big-endian BigTIFF as an ordinary one
             raise unsupported
-        return exif.upright(_pillow_tiff(data, layout, unsupported), layout.orientation)
+        try:
+            image = _open(without_metadata(data))
+        except Failure:  # the directory could be read above: Pillow does not know the layout
+            raise unsupported from None
+        return exif.upright(rgb(image, layout.bits), layout.orientation)
     except Failure:
-        frame = _opencv(data, cv2.IMREAD_COLOR_RGB) if layout.opencv_reads else None  # upright already
+        frame = _opencv(data, cv2.IMREAD_COLOR_RGB) if layout.opencv_reads else None  # OpenCV applies the orientation
         if frame is None:
             raise
         return frame
 
 
-def _pillow_tiff(data: bytes, layout: Layout, unsupported: Failure) -> np.ndarray:
-    try:
-        image = _open(without_metadata(data))
-    except Failure:  # the directory has been read before: it is the layout that Pillow does not know
-        raise unsupported from None
-    return _rgb(image, layout.bits)
-
-
 def _decode_any(data: bytes) -> np.ndarray:
-    for place, magic, name in _UNSUPPORTED:
-        if data[place : place + len(magic)] == magic:
+    for offset, magic, name in _UNSUPPORTED:
+        if data.startswith(magic, offset):
             raise Failure("UnsupportedImage", f"{name} is not decoded; convert it to PNG or JPEG")
     block = b""
     if data.startswith(_PNG):
@@ -149,17 +146,16 @@ def _decode_any(data: bytes) -> np.ndarray:
         image = _open(data)
         if image.format in ("WEBP", "AVIF"):
             block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-        frame = _rgb(image)
+        frame = rgb(image)
     except Failure:
-        shown = _despite_metadata(data)
-        if shown is None:
+        if (shown := _by_opencv(data)) is None:
             raise
         frame = shown
     return exif.upright(frame, exif.orientation(block) or 1)
 
 
-def _despite_metadata(data: bytes) -> np.ndarray | None:
-    """By OpenCV, less strict about metadata than Pillow, and no less about truncation. None where it fails."""
+def _by_opencv(data: bytes) -> np.ndarray | None:
+    """As OpenCV decodes it, less strict about metadata than Pillow, but not about truncation; None if it fails."""
     size = _size(data)
     if size is None:
         return None
@@ -168,7 +164,7 @@ def _despite_metadata(data: bytes) -> np.ndarray | None:
     if frame is None or frame.dtype != np.uint8 or frame.ndim != 3:
         return None
     colours = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[frame.shape[2]]
-    return _rgb(Image.fromarray(cv2.cvtColor(frame, colours)))
+    return rgb(Image.fromarray(cv2.cvtColor(frame, colours)))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -177,7 +173,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """As Image.open. That warns of large pictures, and where ultralytics has replaced it, it runs pip."""
+    """As Image.open, which warns of large pictures, and which ultralytics replaces by one that may run pip."""
     Image.init()
     failure = None
     for name in Image.ID:
@@ -199,12 +195,12 @@ def _open(data: bytes) -> Image.Image:
         return _open_heif(data)
     if b"<svg" in data[:1000]:
         raise Failure("UnsupportedImage", "SVG is not decoded; convert it to PNG or JPEG")
-    raise failure or Failure("NotAnImage", f"no picture format that is known; it begins with {data[:16]!r}")
+    raise failure or Failure("NotAnImage", f"no picture format that is known; the data begins with {data[:16]!r}")
 
 
 def _open_heif(data: bytes) -> Image.Image:
-    """libheif turns the picture by itself."""
-    import pi_heif  # where a picture needs it: few do
+    """Upright: libheif applies the orientation."""
+    import pi_heif  # not above, as few pictures need it
 
     try:
         heif = pi_heif.open_heif(data)
@@ -217,20 +213,21 @@ def _open_heif(data: bytes) -> Image.Image:
 
 
 def _failure(name: str, error: Exception) -> Failure:
+    """An exception of the decoder of a format, as a Failure whose type is guessed from its message."""
     words = str(error).lower()
     if isinstance(error, Image.DecompressionBombError):
         kind = "TooManyPixels"
     elif "truncated" in words or "not enough image data" in words:
         kind = "TruncatedImage"
-    elif isinstance(error, NotImplementedError) or any(word in words for word in _NOT_SUPPORTED):
+    elif isinstance(error, NotImplementedError) or any(word in words for word in _UNSUPPORTED_WORDS):
         kind = "UnsupportedImage"
     else:
         kind = "CorruptImage"
     return Failure(kind, f"{name}: {str(error) or type(error).__name__}")
 
 
-def _rgb(image: Image.Image, bits: int = 16) -> np.ndarray:
-    """bits: how many of its 16 a picture of one channel uses. Raises Failure."""
+def rgb(image: Image.Image, bits: int = 16) -> np.ndarray:
+    """A Pillow picture → RGB uint8 (h, w, 3), alpha over white. bits: used of 16, for one channel. Raises Failure."""
     name = image.format or "HEIF"
     try:
         image.load()
@@ -258,19 +255,19 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _bare_png(data: bytes) -> tuple[bytes, bytes]:
-    """A PNG of the chunks that its pixels need alone, and its EXIF block.
+    """(the PNG with only the chunks that its pixels need, its EXIF block or b"").
 
-    Pillow refuses a picture for its text, its profile or a checksum of either.
+    Pillow refuses a picture for errors in its text or profile, or in their checksums.
     """
     kept, block, at, pixels = [_PNG], b"", len(_PNG), False
     while at < len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
         payload = data[at + 8 : end - 4]
-        sound = zlib.crc32(kind + payload).to_bytes(4) == data[end - 4 : end] if kind in (b"eXIf", b"tRNS") else False
-        if kind == b"eXIf" and sound:
+        intact = kind in (b"eXIf", b"tRNS") and zlib.crc32(kind + payload).to_bytes(4) == data[end - 4 : end]
+        if kind == b"eXIf" and intact:
             block = block or payload
-        # The case of the first letter tells critical chunks from others.
-        if kind[:1].isupper() or (sound and not pixels and kind == b"tRNS" and _is_transparency(data[25:26], payload)):
+        # A critical chunk's name begins with a capital.
+        if kind[:1].isupper() or (intact and not pixels and kind == b"tRNS" and _is_transparency(data[25:26], payload)):
             kept.append(data[at:end])
         pixels = pixels or kind == b"IDAT"
         at = len(data) if kind == b"IEND" else end
@@ -278,27 +275,27 @@ def _bare_png(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _is_transparency(colour_type: bytes, payload: bytes) -> bool:
-    """Of PNG's colour types, 0 (grey), 2 (RGB) and 3 (palette) alone have the chunk."""
+    """Whether tRNS has the length for its colour type: 0 (grey), 2 (RGB) or 3 (palette); others have no tRNS."""
     return len(payload) in {b"\0": (2,), b"\2": (6,), b"\3": range(1, 257)}.get(colour_type, ())
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) in the header of the formats that OpenCV decodes too; None for others."""
+    """(width, height) in the header of GIF, WebP and JPEG 2000, which OpenCV decodes too; None for other formats."""
 
-    def number(at: int, size: int, order: str) -> int:
-        return int.from_bytes(data[at : at + size], "big" if order == ">" else "little")
+    def little(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], "little")
 
     if data.startswith(b"GIF8"):
-        return number(6, 2, "<"), number(8, 2, "<")
+        return little(6, 2), little(8, 2)
     if data[8:16] == b"WEBPVP8X":
-        return number(24, 3, "<") + 1, number(27, 3, "<") + 1
+        return little(24, 3) + 1, little(27, 3) + 1
     if data[8:16] == b"WEBPVP8 ":
-        return number(26, 2, "<") & 0x3FFF, number(28, 2, "<") & 0x3FFF
+        return little(26, 2) & 0x3FFF, little(28, 2) & 0x3FFF
     if data[8:16] == b"WEBPVP8L":
-        return (number(21, 4, "<") & 0x3FFF) + 1, (number(21, 4, "<") >> 14 & 0x3FFF) + 1
+        return (little(21, 4) & 0x3FFF) + 1, (little(21, 4) >> 14 & 0x3FFF) + 1
     if data[4:12] == b"jP  \r\n\x87\n":
-        at = data.find(b"\xff\x4f\xff\x51") + 8  # JPEG 2000's codestream and its size
-        return (number(at, 4, ">"), number(at + 4, 4, ">")) if at >= 8 else None
+        at = data.find(b"\xff\x4f\xff\x51") + 8  # after the markers SOC and SIZ, its length and capabilities
+        return (int.from_bytes(data[at : at + 4]), int.from_bytes(data[at + 4 : at + 8])) if at >= 8 else None
     return None
 
 

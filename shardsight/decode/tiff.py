@@ -1,4 +1,4 @@
-"""What the first page of a TIFF holds, and which decoder shows it rightly."""
+"""The layout of a TIFF's first page, and which decoder reads it correctly."""
 
 import struct
 from dataclasses import dataclass
@@ -7,40 +7,38 @@ from shardsight.decode.exif import ORIENTATION, byte_order, entries, is_big
 from shardsight.row import Failure
 
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
-_LONGEST = 3 << 16  # a palette of 16 bits
+_MAX_COUNT = 3 << 16  # values of a tag: a palette of 16 bits
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
-_COLOURS = {
-    **{_WHITE_IS_ZERO: "WhiteIsZero", _BLACK_IS_ZERO: "BlackIsZero", _RGB: "RGB", _PALETTE: "palette"},
-    **{4: "mask", 5: "CMYK", _YCBCR: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"},
-}
+_COLOURS = {0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr"}
+_COLOURS |= {8: "CIELab", 9: "ICCLab", 10: "ITULab"}
 _RAW_COLOURS = (32803, 34892)  # colour filter array, LinearRaw
-# Size, bits, compression, colours, strips, tiles, palette, extra samples, JPEG's and YCbCr's own.
-_OF_PIXELS = {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332}
-_OF_PIXELS |= {338, 339, 347, *range(512, 522), *range(529, 533)}
+# Tags of size, bits, compression, colours, strips, tiles, palette, extra samples, JPEG and YCbCr.
+_PIXEL_TAGS = {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332}
+_PIXEL_TAGS |= {338, 339, 347, *range(512, 522), *range(529, 533)}
 _BITS = 258
 _ORIENTATIONS = {(n,) for n in range(1, 9)}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the first page; numbers as in TIFF 6.0."""
+    """Of the first page; values of tags as in TIFF 6.0."""
 
     width: int
     height: int
     bits: int
     bands: int
     colours: int  # PhotometricInterpretation
-    separate: bool  # a plane a band
+    separate: bool  # PlanarConfiguration: each band in a plane of its own
     compressed: bool
     formats: frozenset[int]  # SampleFormat: 1 unsigned, 2 signed, 3 floating point, 4 undefined, 5 and 6 complex
     extra: tuple[int, ...]  # ExtraSamples: 0 unspecified, 1 and 2 alpha
     orientation: int  # as EXIF's
     palette_of_bytes: bool  # as old programs wrote it, instead of 16 bits
-    raw: bool  # a camera's: the first page is then a preview, if it can be shown at all
+    raw: bool  # a camera's raw photograph, whose first page is at best a preview
 
     @staticmethod
     def read(data: bytes) -> "Layout":
-        """Raises Failure where there is no size."""
+        """Raises Failure without a width or height."""
         tags = _tags(data)
         width, height = (tags.get(tag, (0,))[0] for tag in (256, 257))
         if not width or not height:
@@ -58,7 +56,7 @@ class Layout:
             compressed=first.get(259, 1) != 1,
             formats=frozenset(tags.get(339, (1,))),
             extra=tags.get(338, ()),
-            # libtiff, and so OpenCV, wants just one number.
+            # libtiff, and so OpenCV, ignores the tag unless it holds one valid number.
             orientation=tags[ORIENTATION][0] if tags.get(ORIENTATION) in _ORIENTATIONS else 1,
             palette_of_bytes=colours == _PALETTE and max(tags.get(320, (256,))) < 256,
             raw=preview or 50706 in tags or data[8:10] == b"CR" or colours in _RAW_COLOURS,
@@ -66,11 +64,14 @@ class Layout:
 
     def __str__(self) -> str:
         colours = _COLOURS.get(self.colours, f"PhotometricInterpretation {self.colours}")
-        planes = ", a plane each" if self.separate and self.bands > 1 else ""
-        return f"{colours} TIFF of {self.bands} × {self.bits} bits{planes}"
+        return f"{colours} TIFF of {self.bands} × {self.bits} bits{', in planes' if self.planes else ''}"
+
+    @property
+    def planes(self) -> bool:
+        return self.separate and self.bands > 1
 
     def check(self) -> None:
-        """Raises Failure for numbers that have no defined brightness, and for raw photographs."""
+        """Raises Failure for raw photographs, and for numbers that have no defined brightness."""
         if self.raw:
             raise Failure("UnsupportedImage", "a camera's raw photograph; only developed pictures are decoded")
         kinds = {2: "signed numbers", 3: "floating-point numbers", 5: "complex numbers", 6: "complex numbers"}
@@ -82,9 +83,8 @@ class Layout:
     @property
     def pillow_misreads(self) -> bool:
         """Pillow 13 decodes wrong pixels, without an error."""
-        planes = self.separate and self.bands > 1
         return (
-            (self.bits == 16 and (planes or self.colours == _WHITE_IS_ZERO))
+            (self.bits == 16 and (self.planes or self.colours == _WHITE_IS_ZERO))
             or self.palette_of_bytes
             or (self.colours == _YCBCR and not self.compressed)
         )
@@ -93,7 +93,7 @@ class Layout:
     def opencv_reads(self) -> bool:
         """OpenCV 5 decodes the right pixels or none.
 
-        Left out: alpha, by which it multiplies, and three and more grey bands, of which it takes the first.
+        Not with alpha, by which it multiplies the colours, or with three or more grey bands, of which it takes one.
         """
         if self.bits not in (1, 8, 16) or {1, 2} & set(self.extra):
             return False
@@ -103,35 +103,36 @@ class Layout:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The first page alone, and of its tags those alone that its pixels need; all else is overwritten in place.
+    """The same file with one page, and only the tags that its pixels need: the others are overwritten in place.
 
-    Pillow reads all the others, too, before it shows a picture, and refuses it for some of them.
+    Pillow reads every tag before it decodes, and refuses a picture for errors in some.
     """
     bare, order = bytearray(data), byte_order(data)
-    entry, nothing = ("HHQ8x", "Q") if is_big(data) else ("HHI4x", "I")
-    after = None
+    entry, offset = ("HHQ8x", "Q") if is_big(data) else ("HHI4x", "I")
+    end = None
     for at, tag, *_ in entries(data):
-        if tag not in _OF_PIXELS:
+        if tag not in _PIXEL_TAGS:
             struct.pack_into(order + entry, bare, at, 65535, 1, 1)
-        after = at + struct.calcsize(order + entry)
-    if after and after + struct.calcsize(nothing) <= len(data):
-        struct.pack_into(order + nothing, bare, after, 0)
+        end = at + struct.calcsize(order + entry)
+    if end and end + struct.calcsize(offset) <= len(data):  # the next directory's offset: there is none
+        struct.pack_into(order + offset, bare, end, 0)
     return bytes(bare)
 
 
 def _tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """Those of whole numbers, each with one at least. Raises Failure where the file ends before the bits' number."""
+    """Tag → its values, of unsigned integers. Raises Failure where the file ends before BitsPerSample."""
     found: dict[int, tuple[int, ...]] = {}
     order = byte_order(data)
     for _, tag, kind, count, value in entries(data):
-        if kind not in _TYPES or not 0 < count <= _LONGEST:
+        if kind not in _TYPES or not 0 < count <= _MAX_COUNT:
             continue
-        form = f"{order}{count}{_TYPES[kind]}"
-        if struct.calcsize(form) > len(value):
+        layout = f"{order}{count}{_TYPES[kind]}"
+        size = struct.calcsize(layout)
+        if size > len(value):
             start = int.from_bytes(value, "big" if order == ">" else "little")
-            value = data[start : start + struct.calcsize(form)]
-        if struct.calcsize(form) <= len(value):
-            found.setdefault(tag, struct.unpack_from(form, value))
+            value = data[start : start + size]
+        if size <= len(value):
+            found.setdefault(tag, struct.unpack_from(layout, value))
         elif tag == _BITS:
             raise Failure("TruncatedImage", f"the TIFF ends too early, after {len(data):,} bytes")
     return found

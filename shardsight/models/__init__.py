@@ -1,10 +1,10 @@
-"""The models: a package each, of which the flow knows three names.
+"""The models, a package each. The rest of Shardsight uses three names of each:
 
-- `info.inspect(path, ...)` says what a model is, in the driver and without torch: its `path`, its `input` (what it
-  makes of a picture: decode.frames.Input), and the SHA-256 of all that decides its answers, by file (`files`) and
-  together (`sha256`). Raises ModelError.
-- `info.arguments(settings, info)` gives what its class is started with.
-- The class, in a process that may use torch, loads it. Called with a pyarrow table of rows with frames, it returns the
-  table with its own columns, or `error`, filled, and with the frames: it does not know what comes after it. Called
-  with pictures, it returns rows as dicts. Raises ModelDied, and then its process has to end.
+- `info.inspect(path, …)`: what the model is, for the driver and without torch. It has a `path`, an `input`
+  (decode.frames.Input), and the SHA-256 of every file that its results depend on, one by one (`files`) and as one
+  (`sha256`). Raises ModelError.
+- `info.arguments(settings, info)`: the keyword arguments for its class.
+- The class (Yolo, PaliGemma). Called with a pyarrow table of rows with frames, it returns the table, frames included,
+  with its own columns or `error` filled. Called with pictures, it returns rows as dicts. Raises ModelDied, after which
+  its process has to end.
 """

@@ -1,4 +1,4 @@
-"""What all models share: how they fail, and what this machine computes in."""
+"""The models' exceptions, and the precision that this machine supports."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from shardsight.errors import UsageError
 
 
 class ModelError(UsageError):
-    """Weights that cannot be used: one sentence for the user."""
+    """A model that cannot be used; one sentence for the user."""
 
 
 class ModelDied(Exception):
-    """A model failed as a whole, and not because of a picture: its process has to end and be replaced."""
+    """A model that has failed for every picture: its process has to end and be replaced."""
 
 
 def computes_bf16() -> bool:
-    """Whether this machine's CPU does."""
+    """Whether this machine's CPU has instructions for bf16."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "amx_bf16" in flags or "avx512_bf16" in flags

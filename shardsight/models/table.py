@@ -1,4 +1,4 @@
-"""The tables that models take and give: pictures → rows with frames, and what a model found → columns."""
+"""What the models share: pictures → a table of frames, results → columns of it, and the time taken."""
 
 import threading
 import time
@@ -11,39 +11,37 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from shardsight.decode.frames import Input
-from shardsight.decode.pictures import _rgb as rgb
-from shardsight.decode.pictures import decode
-from shardsight.row import ERROR, FRAME, ROW, SECONDS, Failure, with_column
+from shardsight.decode.pictures import decode, rgb
+from shardsight.row import ERROR, FRAME, ROW, SECONDS, Failure, frame_columns, with_column
 
-# One picture as Python has it: encoded bytes, a Pillow picture, or RGB uint8 (h, w, 3).
+# Encoded bytes, a Pillow picture, or an RGB uint8 array (h, w, 3).
 Picture = bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 _SCHEMA = pa.schema([*ROW, *FRAME, *((name, pa.float64()) for name in SECONDS)])
 
 
 class Stopwatch:
-    """Clock and CPU seconds of calls of one model, which may overlap: what several share is counted once."""
+    """Wall-clock and CPU seconds of one model's calls. Calls may overlap: what they share is counted once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Of clock and CPU, the spans that are counted, apart from each other and the latest last. A thousand are kept:
-        # no call overlaps more that ended before it.
+        # (start, end) counted so far of each clock, disjoint and in order. A call overlaps fewer than 1000.
         self._counted = deque[tuple[float, float]](maxlen=1000), deque[tuple[float, float]](maxlen=1000)
 
     @staticmethod
     def now() -> tuple[float, float]:
-        """By the clock, and of this process's CPU time."""
+        """(wall clock, CPU time of this process), seconds."""
         return time.perf_counter(), time.process_time()
 
     def since(self, start: tuple[float, float]) -> tuple[float, float]:
-        """Seconds (clock, CPU) from `start` until now, without those that were counted for another call."""
+        """Seconds (wall clock, CPU) from `start` until now that were not yet counted for another call."""
         with self._lock:
             clock, cpu = map(_count, self._counted, start, self.now())
         return clock, cpu
 
 
 def _count(spans: deque[tuple[float, float]], start: float, end: float) -> float:
-    """What of start … end is not yet in the spans, none of which ends later; adds it to them."""
+    """Add start … end to spans, none of which ends later. Returns the seconds of it that no span covered."""
     seconds = end - start
     while spans and spans[-1][1] > start:
         first, last = spans.pop()
@@ -61,11 +59,11 @@ def with_results(
     computed: Collection[int],
     seconds: tuple[float, float],
 ) -> pa.Table:
-    """The table after a model: its frames stay, as a model does not know what comes after it.
+    """The table with a model's results, and still with its frames, for the model after it.
 
-    stage: `yolo` or `paligemma`. columns: by name in ROW, a value of each row. errors: of each row, as Failure.row
-    gives them. computed: the rows that the model computed; `seconds`, (clock, CPU), are shared evenly among them, and
-    stand in those that have no error.
+    stage: `yolo` or `paligemma`. columns: by name in ROW, a value per row. errors: one per row, as from Failure.row.
+    computed: indices of the rows that the model computed. seconds: (wall clock, CPU), divided evenly among those, and
+    written to the ones without an error.
     """
     for name, values in columns.items():
         table = with_column(table, name, pa.array(values, ROW.field(name).type))
@@ -81,41 +79,37 @@ def with_results(
 
 
 def from_pictures(pictures: Picture | Sequence[Picture], input: Input) -> pa.Table:
-    """Pictures, one or a list of them → a table of ROW, FRAME and SECONDS, as decoding a job's inputs gives it.
+    """One picture, or a list or tuple of them → a table of ROW, FRAME and SECONDS, as in a job.
 
-    input: of the model, as in decoding: JPEGs are decoded no larger than it needs. Bytes that cannot be decoded are a
-    row with its `error`. Raises TypeError for what is no picture at all.
+    input: the model's; JPEGs are decoded no larger than it needs. Bytes that cannot be decoded become a row with an
+    `error`. Raises TypeError for other types and for arrays of other shapes.
     """
     many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-    rows = [_row(picture, input) for picture in many]
-    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in _SCHEMA]
-    return pa.Table.from_arrays(columns, schema=_SCHEMA)
+    return pa.Table.from_pylist([_row(picture, input) for picture in many], _SCHEMA)
 
 
 def to_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """A table after its models → its rows as dicts with the columns of ROW."""
+    """A table's rows as dicts with the columns of ROW."""
     return table.select(ROW.names).to_pylist()
 
 
 def _row(picture: Any, input: Input) -> dict[str, Any]:
     try:
         if isinstance(picture, (bytes, bytearray, memoryview)):
-            frame, width, height = decode(bytes(picture), input.enough)
+            frame, width, height = decode(bytes(picture), input.needed_size)
         else:
             frame = _pillow(picture) if isinstance(picture, Image.Image) else _array(picture)
             height, width = frame.shape[:2]
     except Failure as failure:
         return {"error": failure.row("decode")}
-    frame = np.ascontiguousarray(input.shrink(frame, width, height))
-    row = {"width": width, "height": height, "frame": frame.tobytes()}
-    return row | {"frame_width": frame.shape[1], "frame_height": frame.shape[0]}
+    return frame_columns(input.shrink(frame, width, height), width, height)
 
 
 def _pillow(picture: Image.Image) -> np.ndarray:
-    """As decoding a file of it does: oriented by its EXIF, alpha over white. Raises Failure."""
+    """As from a file: after EXIF orientation, alpha over white. Raises Failure."""
     try:
         return rgb(ImageOps.exif_transpose(picture))
-    except OSError as error:  # a picture that Pillow has opened, and whose pixels it reads only now
+    except OSError as error:  # Pillow reads a file's pixels only now
         raise Failure.of(error) from error
 
 

@@ -1,11 +1,9 @@
 """Inputs → units of work → records of encoded bytes, one bad record never costing another."""
 
-from shardsight.sources.kinds import read
+from shardsight.sources.kinds import pictures, read
 from shardsight.sources.listing import Listing
 from shardsight.sources.metadata import as_json
-from shardsight.sources.paths import absolute
-from shardsight.sources.stored import pictures
-from shardsight.sources.units import MAX_BYTES, InputError, Record, Unit, printable
+from shardsight.sources.units import MAX_BYTES, InputError, Record, Unit, absolute, printable
 
 __all__ = [
     "MAX_BYTES",

@@ -1,19 +1,29 @@
-"""What kinds of units there are: the one table from a file's ending to what reads it."""
+"""The kinds of units, each with its reader; and reading a unit's records from the first to the last."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from operator import itemgetter
+from typing import Any
 
 from shardsight.decode.pictures import ENDINGS
+from shardsight.row import Failure
 from shardsight.sources import parquet, tar
-from shardsight.sources.files import read_files
-from shardsight.sources.shard import Reader, read_shard
-from shardsight.sources.units import Record, Unit
-from shardsight.storage import Storage
+from shardsight.sources.files import ShardFile, failure_of, fetch, read_files
+from shardsight.sources.units import Record, Unit, Wanted, printable
+from shardsight.storage import Storage, is_remote
+
+# Yields all records of an open tar or Parquet file, those that are wanted with their bytes, and counts in the Counter
+# by reason what is no picture.
+Reader = Callable[[Unit, ShardFile, Storage, Wanted, "Counter[str]"], Iterator[Record]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """endings: of files' names, in lower case. reader: None where a file is a record by itself."""
+    """endings: of files' names, in lower case. reader: None for loose files, of which each is one record."""
 
     endings: Iterable[str]
     reader: Reader | None
@@ -31,7 +41,7 @@ _KIND_OF = {ending: kind for kind, known in KINDS.items() for ending in known.en
 
 
 def kind_of(uri: str) -> str | None:
-    """The kind that a file's ending tells."""
+    """The kind that a file's ending names."""
     name = uri[uri.rfind("/") + 1 :].lower()
     last = name.rfind(".")
     if last < 0:
@@ -40,6 +50,99 @@ def kind_of(uri: str) -> str | None:
 
 
 def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]:
-    """The unit's records in order, without those in `skip`; payload=False leaves the bytes of a shard's unread."""
+    """The unit's records in order, without those in `skip`; payload=False leaves the bytes of a shard's unread.
+
+    A record that cannot be read has a failure, and a tar or Parquet file without records yields one with a failure.
+    """
+    if KINDS[unit.kind].reader is None:
+        yield from read_files(unit, storage)
+        return
+
+    def pending(position: int, _: str | None) -> bool:
+        index = bisect_right(unit.skip, position, key=itemgetter(0)) - 1
+        return index < 0 or position >= unit.skip[index][1]
+
+    ignored: Counter[str] = Counter()
+    records = _records(unit, storage, pending if payload else lambda *_: False, ignored)
+    for record in _timed(_with_last(islice(records, unit.stop), ignored)):
+        if pending(record.index, None):
+            yield replace(record, version=unit.version)
+
+
+def pictures(
+    rows: Iterable[dict[str, Any]], storage: Storage, image_column: str | None = None
+) -> Iterator[tuple[str, bytes | Failure]]:
+    """(id, encoded picture or why there is none) of rows of results with `id` and `uri`, not in the order of the rows.
+
+    Each tar and Parquet file is read once, and no further than the last picture that is asked for. image_column: as
+    the job was told.
+    """
+    shards: dict[str, set[str]] = {}
+    for row in rows:
+        id, uri = row["id"], row["uri"]
+        if id.startswith(f"{uri}#"):
+            shards.setdefault(uri, set()).add(id)
+            continue
+        try:
+            yield id, fetch(uri, storage)
+        except Failure as error:
+            yield id, error
+    for uri, ids in shards.items():
+        failure = Failure("NoImages", f"{uri} does not hold it any more")
+        unit = Unit(kind_of(uri) or "tar", uri, image_column=image_column)
+        for record in _records(unit, storage, lambda _, id: id in ids, Counter()):  # noqa: B023
+            if record.id not in ids:
+                failure = record.failure or failure
+                continue
+            yield record.id, record.failure or record.data or b""
+            ids.remove(record.id)
+            if not ids:
+                break
+        yield from ((id, failure) for id in ids)
+
+
+def _records(unit: Unit, storage: Storage, wanted: Wanted, ignored: "Counter[str]") -> Iterator[Record]:
+    """All records of a tar or Parquet file, and one with a failure where it cannot be read further."""
     reader = KINDS[unit.kind].reader
-    return read_files(unit, storage) if reader is None else read_shard(reader, unit, storage, payload)
+    assert reader and unit.uri is not None
+    name = printable(unit.uri)
+    position = 0
+    failure = Failure("NoImages", f"no picture in this {unit.kind} file")
+    try:
+        with ShardFile(unit.uri, storage) as file:
+            try:
+                for record in reader(unit, file, storage, wanted, ignored):
+                    yield record
+                    position = record.index + 1
+            except Failure:
+                file.check()
+                raise
+            except OSError as error:
+                if is_remote(unit.uri):
+                    raise
+                raise failure_of(unit.uri, error) from None
+        if position:
+            return
+    except Failure as found:
+        failure = found
+    yield Record(name, position, name, name, failure=failure)
+
+
+def _with_last(records: Iterator[Record], ignored: "Counter[str]") -> Iterator[Record]:
+    """Marks the last record, which takes reading one ahead."""
+    before: Record | None = None
+    for record in records:
+        if before:
+            yield before
+        before = record
+    if before:
+        yield replace(before, last=True, ignored=dict(ignored))
+
+
+def _timed(records: Iterator[Record]) -> Iterator[Record]:
+    while True:
+        clock, cpu = time.perf_counter(), time.thread_time()
+        record = next(records, None)
+        if record is None:
+            return
+        yield replace(record, seconds=(time.perf_counter() - clock, time.thread_time() - cpu))

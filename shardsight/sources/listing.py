@@ -18,9 +18,8 @@ from shardsight.results.coverage import Coverage, Hashes, hashes, versions
 from shardsight.sources.files import AHEAD
 from shardsight.sources.kinds import LISTS, VIDEOS, kind_of, read
 from shardsight.sources.lists import read_list
-from shardsight.sources.paths import absolute, resolve
 from shardsight.sources.tar import reason
-from shardsight.sources.units import InputError, Unit, printable
+from shardsight.sources.units import InputError, Unit, absolute, printable, resolve
 from shardsight.sources.web import is_web
 from shardsight.storage import Entry, Storage, StorageError, explain, is_hidden, is_remote
 

@@ -11,15 +11,17 @@ import pyarrow.parquet as pq
 
 from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
-from shardsight.sources.columns import image_field, values
-from shardsight.sources.files import ahead, fetch
-from shardsight.sources.metadata import as_json
-from shardsight.sources.paths import resolve
-from shardsight.sources.shard import ShardFile
-from shardsight.sources.units import Record, Unit, Wanted, printable
+from shardsight.sources.files import ShardFile, ahead, fetch
+from shardsight.sources.metadata import as_json, values
+from shardsight.sources.units import Record, Unit, Wanted, printable, resolve
 from shardsight.storage import Storage
 
 ROWS = 16  # read at once
+# Of several columns of bytes, the one of such a name holds the pictures; `image` comes before the others.
+IMAGE_COLUMNS = {
+    *("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes"),
+    *("image_bytes", "img_bytes", "image_data", "encoded_image"),
+}
 
 
 def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignored: "Counter[str]") -> Iterator[Record]:
@@ -32,7 +34,7 @@ def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignor
         raise Failure("NotParquet", f"not a Parquet file that can be read: {error}") from None
     if FOOTER in (parquet.metadata.metadata or {}):
         raise Failure("ResultsOfShardsight", "what an earlier job wrote is no input: leave it out")
-    field = image_field(schema, unit.uri_column, unit.image_column)
+    field = _image_field(schema, unit)
     reader = _Reader(unit, storage, wanted, file, parquet, field)
     first = 0
     for group in range(parquet.num_row_groups):
@@ -42,7 +44,7 @@ def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignor
 
 @dataclass(frozen=True)
 class _Reader:
-    """field: of the column that holds pictures or their uris."""
+    """field: the column of the pictures or their uris."""
 
     unit: Unit
     storage: Storage
@@ -52,7 +54,7 @@ class _Reader:
     field: pa.Field
 
     def records(self, group: int, first: int) -> Iterator[Record]:
-        """Those of a row group, whose first has the position `first`."""
+        """Those of a row group, whose first one has the position `first`."""
         end = first + self.parquet.metadata.row_group(group).num_rows
         blank = [self.blank(position) for position in range(first, end)]
         if not any(self.wanted(record.index, record.id) for record in blank):
@@ -72,8 +74,7 @@ class _Reader:
         return Record(name, position, f"{name}#{position}", name)
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        """Of a row group. Where a column beside the pictures' cannot be read, the pictures are read without it.
-        Raises Failure."""
+        """Of a row group, without the metadata columns that cannot be read. Raises Failure."""
         done, columns = 0, None
         failure = Failure("CorruptParquet", "")
         for _ in range(2):
@@ -140,3 +141,58 @@ class _Reader:
             return replace(record, data=cell)
         uri = resolve(str(cell), self.unit.uri or "", self.unit.folder or os.getcwd())
         return replace(record, data=fetch(uri, self.storage), uri=printable(uri))
+
+
+def _image_field(schema: pa.Schema, unit: Unit) -> pa.Field:
+    """The column that holds the pictures, as bytes or {bytes, path}, or their uris. Raises Failure."""
+    if unit.uri_column or unit.image_column:
+        return _named_field(schema, unit)
+    found = [field for field in schema if _is_bytes(field.type) or _is_struct(field.type)]
+    known = [field for field in found if field.name.lower() in IMAGE_COLUMNS]
+    known = [field for field in known if field.name == "image"] or known
+    found = known if len(known) == 1 else found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(field.name for field in found)
+        reason = f"several columns hold bytes ({names}): name the one of the pictures with --image-column"
+        raise Failure("NoImageColumn", reason)
+    reason = f"no column of bytes or {{bytes, path}} among {', '.join(schema.names)}"
+    if "image" in schema.names:
+        given = ", ".join(str(field.type) for field in schema if field.name == "image")
+        reason = f"column image is {given}, where bytes or {{bytes, path}} were expected"
+    raise Failure("NoImageColumn", f"{reason}: if a column lists uris, name it with --uri-column")
+
+
+def _named_field(schema: pa.Schema, unit: Unit) -> pa.Field:
+    """The first suitable column of the name that the user gave, as several may have it."""
+    name = unit.uri_column or unit.image_column
+    fields = [field for field in schema if field.name == name]
+    if not fields:
+        raise Failure("NoImageColumn", f"no column {name} among {', '.join(schema.names)}")
+    for field in fields:
+        fixed = pa.types.is_fixed_size_binary(_bare(field.type))
+        if _is_text(field.type) if unit.uri_column else _is_bytes(field.type) or _is_struct(field.type) or fixed:
+            return field
+    expected = "text" if unit.uri_column else "bytes or {bytes, path}"
+    raise Failure("NoImageColumn", f"column {name} is {fields[0].type}, where {expected} was expected")
+
+
+def _bare(type: pa.DataType) -> pa.DataType:
+    """The type within dictionaries and extensions."""
+    while pa.types.is_dictionary(type) or isinstance(type, pa.BaseExtensionType):
+        type = type.value_type if pa.types.is_dictionary(type) else type.storage_type
+    return type
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return _bare(type) in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_bytes(type: pa.DataType) -> bool:
+    return _bare(type) in (pa.binary(), pa.large_binary(), pa.binary_view())
+
+
+def _is_struct(type: pa.DataType) -> bool:
+    bare = _bare(type)
+    return pa.types.is_struct(bare) and any(field.name == "bytes" and _is_bytes(field.type) for field in bare)

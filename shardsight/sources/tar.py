@@ -11,8 +11,8 @@ from typing import Any
 from shardsight.decode.pictures import ENDINGS
 from shardsight.row import Failure, digest
 from shardsight.sources.archive import Archive, Member
+from shardsight.sources.files import ShardFile
 from shardsight.sources.metadata import dumps, plain
-from shardsight.sources.shard import ShardFile
 from shardsight.sources.units import Record, Unit, Wanted, printable
 from shardsight.storage import Storage
 
@@ -79,7 +79,7 @@ class _Sample:
             try:
                 self.metadata[suffix] = _parse(archive.read(member).decode("utf-8-sig", "replace"), ending)
             except Failure as failure:
-                if archive.cut:
+                if archive.truncated:
                     raise
                 self.ignored[f".{ending} files that cannot be read: {failure.type}"] += 1
                 return

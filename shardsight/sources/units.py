@@ -1,15 +1,18 @@
-"""What is read: units of work, and the records that they hold."""
+"""What is read: units of work, the records that they hold, and the paths by which users name them."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from urllib.parse import unquote
 
 from shardsight.errors import UsageError
 from shardsight.results.coverage import Ranges, merge
 from shardsight.row import Failure
+from shardsight.storage import is_remote
 
 MAX_BYTES = 1 << 30  # of one encoded record
 
-# Whether the record at a position, of an id where that is known yet, is to be read and not only counted.
+# (position, id if it is known yet) → whether the record is to be read, and not only counted.
 Wanted = Callable[[int, str | None], bool]
 
 
@@ -19,11 +22,11 @@ class InputError(UsageError):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read from its start: a tar, a Parquet file, or a group of loose files (`uri` is then None).
+    """What one task reads from its start: a tar, a Parquet file, or a group of loose files (`uri` is then None).
 
-    kind: of sources.kinds. versions: of `files`, in their order. skip: positions that are done. stop: where `--limit`
-    ends it. uri_column, image_column: of a Parquet file, as the user named them. folder: where the command runs, to
-    which relative paths in a Parquet file may refer. version: of the file at `uri`.
+    kind: a key of sources.kinds.KINDS. versions: of `files`, in their order. skip: positions of records that are done.
+    stop: the number of records to which `--limit` cuts it. uri_column, image_column: of a Parquet file, as the user
+    named them. folder: the job's working directory, for relative paths in a Parquet file. version: of the file `uri`.
     """
 
     kind: str
@@ -38,7 +41,7 @@ class Unit:
     version: str | None = None
 
     def without(self, positions: Iterable[int]) -> "Unit":
-        """What is left of it; loose files are then counted anew."""
+        """The unit less some of its records. Positions in a group of loose files then start at 0 again."""
         if self.kind != "files":
             return replace(self, skip=merge([*self.skip, *((position, position + 1) for position in positions)]))
         gone = set(positions)
@@ -52,11 +55,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Record:
-    """One input. unit and index are its place; `data`, encoded, or `failure` why there is none.
+    """One encoded picture, `data`, or the `failure` that explains why there is none.
 
-    last: nothing of its unit comes after it. version: of the file that it is read from, where one is known. ignored:
-    with the last one, how many entries of the unit hold no picture, by reason. seconds: what reading it took, clock
-    and CPU.
+    unit, index: its place. last: whether it is the unit's last record. version: of the file that it is read from, if
+    known. ignored: with the last record, how many entries of the unit hold no picture, by reason. seconds: (wall clock,
+    CPU) that reading took.
     """
 
     unit: str | None
@@ -73,12 +76,49 @@ class Record:
 
 
 def printable(uri: str) -> str:
-    """A path whose bytes are no UTF-8 as text that Arrow can hold; any other as it is."""
+    """A path whose bytes are not UTF-8 as text that Arrow can hold; any other as it is."""
     try:
         return uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half of a character, as JSON can write it
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
         return uri.encode("utf-8", "backslashreplace").decode()
 
 
 def too_large(size: int) -> Failure:
     return Failure("TooManyBytes", f"{size:,} bytes, where at most {MAX_BYTES:,} are read")
+
+
+def absolute(text: str) -> str:
+    """An input's path, made absolute for the workers; a store's uri as it is. Raises InputError."""
+    if is_remote(text):
+        return text
+    path = _local(text)
+    if "://" in path:
+        raise InputError(f"{text} is neither a path nor a store's uri: uris of the web go into a list")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def resolve(entry: str, source: str, folder: str) -> str:
+    """The path or uri that an entry of a list or a cell of a column names.
+
+    A uri of another scheme than file: is taken as it is. A relative path starts at `folder`, the job's working
+    directory, if something is there; else beside `source`, the list or Parquet file.
+    """
+    path = _local(entry)
+    if "://" in path or os.path.isabs(path):
+        return path
+    if is_remote(source):
+        return f"{source.rpartition('/')[0]}/{path}"
+    here = os.path.join(folder, os.path.expanduser(path))
+    return os.path.normpath(here if os.path.exists(here) else os.path.join(os.path.dirname(source), path))
+
+
+def _local(text: str) -> str:
+    """file:///a%20b, file://localhost/a and Hadoop's file:/a as paths; anything else as it is."""
+    if not text.startswith("file:/"):
+        return text
+    path = text.removeprefix("file:").removeprefix("//localhost")
+    if path.startswith("//"):
+        path = path[2:]
+        if not path.startswith("/"):  # a file of another machine
+            return text
+    return unquote(path, errors="surrogateescape")

@@ -6,7 +6,7 @@ from typing import Any
 
 from shardsight.cli import annotate
 from shardsight.decode.frames import Load
-from shardsight.models import lineup
+from shardsight.models import selection
 from shardsight.sources import Record
 
 
@@ -18,5 +18,5 @@ class Counted(Load):
 
 
 if __name__ == "__main__":
-    lineup.Load = Counted  # type: ignore[misc]
+    selection.Load = Counted  # type: ignore[misc]
     sys.exit(annotate())

@@ -1,9 +1,9 @@
-"""What PaliGemma generates → answers: text cut at stop texts, and rows with boxes and masks."""
+"""Generated tokens → answers: text, cut at stop texts, and rows with boxes and masks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from shardsight.models.paligemma.prompts import Found, Prompt, Vocabulary, decod
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer, or what there is of it: token ids, an end included, and their log-probabilities.
+    """An answer so far. ids: of its tokens, with the one that ends it. logprobs: of these.
 
-    finish_reason: `stop` or `length`; None while there is more to come. text: what may be shown, where stop texts were
-    given; else None, and the ids say all.
+    finish_reason: `stop` or `length`; None before the end. text: up to a stop text; None where none was given.
     """
 
     ids: list[int]
@@ -28,10 +27,7 @@ class Generated:
 
 
 class Answers:
-    """Reads answers with the tokenizer of a model, and decodes masks where its folder holds `vae-oid.npz`.
-
-    Raises ModelError, MaskError.
-    """
+    """Reads answers. Masks are decoded where the model's folder holds `vae-oid.npz`. Raises ModelError, MaskError."""
 
     def __init__(self, tokenizer: Any, folder: str) -> None:
         self.vocabulary = _vocabulary(tokenizer)
@@ -39,12 +35,12 @@ class Answers:
         self.masks = MaskDecoder.load(path) if path.exists() else None
 
     def text(self, generated: Generated) -> str:
-        """What an answer says, without the tokens that begin and end one."""
+        """Without special tokens."""
         text = self.vocabulary.decode(generated.ids) if generated.text is None else generated.text
         return text.strip()
 
     def row(self, prompt: Prompt, generated: Generated, width: int, height: int) -> dict[str, Any]:
-        """A row of ANSWER, of a picture of width × height pixels."""
+        """A row of ANSWER. width, height: of the picture, pixels."""
         ids, logprobs = generated.ids, generated.logprobs
         return {
             "prompt": prompt.text,
@@ -54,24 +50,21 @@ class Answers:
                 for found in find(ids, logprobs, self.vocabulary, prompt.names)
             ],
             "finish_reason": generated.finish_reason,
-            "score": math.fsum(logprobs) / len(logprobs) if logprobs else None,
+            "score": fmean(logprobs) if logprobs else None,
         }
 
     def _detection(self, found: Found, prompt: Prompt, width: int, height: int) -> dict[str, Any]:
-        box = decode_box(found.locations, width, height)
-        row: dict[str, Any] = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+        x1, y1, x2, y2 = box = decode_box(found.locations, width, height)
         class_id = prompt.names.index(found.label) if found.label in prompt.names else None
-        row |= {"label": found.label, "class_id": class_id, "score": found.score}
+        row: dict[str, Any] = {"label": found.label, "class_id": class_id, "score": found.score}
+        row |= {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
         if found.codes and self.masks:
             mask = self.masks.decode(np.array([found.codes]))[0]
             row["mask"] = paste(mask, box, width, height)
         return row
 
     def cut(self, generated: Generated, stop: Sequence[str]) -> Generated:
-        """The answer up to the first of the stop texts, with `text`, and the tokens that it takes.
-
-        While there is more to come, an end that may begin a stop text is held back.
-        """
+        """The answer up to the first stop text: its `text`, and the tokens for it (see visible)."""
         ids, decode = generated.ids, self.vocabulary.decode
         text, stopped = visible(decode(ids), stop, generated.finish_reason is not None)
         reason = "stop" if stopped else generated.finish_reason
@@ -83,10 +76,9 @@ class Answers:
 
 
 def visible(text: str, stop: Sequence[str], finished: bool) -> tuple[str, bool]:
-    """(What of an answer may be shown, whether a stop text has ended it).
+    """(the text up to the first stop text, whether there was one), as OpenAI defines `stop`.
 
-    As OpenAI defines `stop`: the answer ends before the stop text. Unless it is finished, what may begin one is not
-    shown yet.
+    Of an unfinished text, an end that may be the beginning of a stop text is held back.
     """
     if ends := [at for one in stop if (at := text.find(one)) >= 0]:
         return text[: min(ends)], True

@@ -1,4 +1,4 @@
-"""vLLM's engine in a thread of its own: requests of many callers → their answers, computed in common batches."""
+"""vLLM's engine in a thread of its own: requests of many callers → their answers, batched together."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,43 +26,39 @@ from shardsight.models.info import ModelDied, ModelError
 from shardsight.models.paligemma.answers import Generated
 from shardsight.models.paligemma.info import BYTES, PaliGemmaInfo, fits
 from shardsight.models.paligemma.plugin import loaded
+from shardsight.models.paligemma.prompts import Sampling
 from shardsight.row import Failure
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BLOCK = 128  # tokens of vLLM's smallest piece of a request's memory, on a CPU
+BLOCK = 128  # tokens in a block of vLLM's KV cache on a CPU
 
 
 @dataclass(frozen=True)
 class Request:
-    """frame: RGB uint8 (h, w, 3). ids: of the prompt. max_tokens, temperature, top_p, seed: as in OpenAI's API.
-
-    listener: is told, in the engine's thread, what there is of the answer after each token. cut: may end an answer
-    before vLLM does, by giving it a finish_reason.
-    """
+    """frame: RGB uint8 (h, w, 3). ids: of the prompt. listener: called with the answer so far after each token, in the
+    engine's thread. cut: may end an answer before vLLM does, by setting its finish_reason."""
 
     frame: np.ndarray
     ids: list[int]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    sampling: Sampling
     listener: Callable[[Generated], None] | None = None
     cut: Callable[[Generated], Generated] | None = None
     future: "Future[Generated]" = field(default_factory=Future)
 
     def params(self) -> SamplingParams:
-        each = self.listener or self.cut
+        each, sampling = self.listener or self.cut, self.sampling
         return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=max(self.top_p, 1e-9),  # vLLM refuses 0, which OpenAI allows
-            seed=None if self.seed is None else self.seed % 2**63,  # vLLM takes -1 for None
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=max(sampling.top_p, 1e-9),  # vLLM refuses 0, which OpenAI allows
+            seed=None if sampling.seed is None else sampling.seed % 2**63,  # vLLM takes -1 for None
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if each else RequestOutputKind.FINAL_ONLY,
         )
 
     def settle(self, outcome: Generated | Exception) -> None:
+        """Set the future, unless it was cancelled."""
         if not self.future.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Exception):
@@ -73,9 +69,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """precision: fp32, bf16 or fp16. length: most tokens of a request. batch_size: most requests that run at once.
+    """precision: fp32, bf16 or fp16. length: tokens of a request, at most. batch_size: requests that run at once.
 
-    devices: that share the model. memory: share of a GPU's memory to take. threads: of the CPU.
+    devices: that share the model. memory: fraction of a GPU's memory to use. threads: of the CPU.
     """
 
     precision: str
@@ -86,7 +82,7 @@ class Limits:
     threads: int
 
     def free(self) -> int:
-        """Bytes that a device has for the model."""
+        """Bytes free for the model on a device."""
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return int(min(free, total * self.memory))
@@ -101,6 +97,7 @@ class Engine:
         self.info, self.limits = info, limits
         fits(info, limits.precision, limits.free(), limits.length, limits.devices)
         self.waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.live: dict[str, Request] = {}  # those in vLLM, by its names
         ready: Future[None] = Future()
         # OpenMP's threads belong to the thread that started them: the one that loads is the one that computes.
         self.thread = threading.Thread(target=self._run, args=(ready,), name="paligemma", daemon=True)
@@ -108,14 +105,14 @@ class Engine:
         ready.result()
 
     def submit(self, request: Request) -> "Future[Generated]":
-        """Its answer: raises Failure, or ModelDied; cancelled, it costs no more work."""
+        """A future of the answer, which raises Failure or ModelDied; cancelling it stops the work."""
         self.waiting.put(request)
         if not self.thread.is_alive():
             self._refuse(ModelDied("the engine has ended"))
         return request.future
 
     def close(self) -> None:
-        """Let it finish what it has, and free its memory."""
+        """Finish all requests, then free the memory."""
         self.waiting.put(None)
         self.thread.join()
 
@@ -126,35 +123,30 @@ class Engine:
             ready.set_exception(error)
             return
         ready.set_result(None)
+        ended = ModelDied("the engine was closed")
         try:
             self._serve(engine)
-            self._refuse(ModelDied("the engine was closed"))
-        except ModelDied as error:
-            self._refuse(error)
+        except Exception as error:
+            ended = ModelDied(f"the engine failed: {type(error).__name__}: {error}")
+            ended.__cause__ = error
+        self._refuse(ended)
 
     def _serve(self, engine: LLMEngine) -> None:
-        """Compute what is asked until None is. A picture is prepared while others still wait for their turn."""
-        live: dict[str, Request] = {}
+        """Compute requests until None is submitted. vLLM gets more of them than it runs, to prepare their pictures."""
         names, is_open = map(str, itertools.count(1)), True
-        try:
-            while is_open or live:
-                is_open = is_open and self._admit(engine, live, names)
-                _drop(engine, live, [name for name, request in live.items() if request.future.cancelled()])
-                outputs: Any = engine.step() if live else ()
-                for output in outputs:
-                    _pass_on(engine, live, output)
-        except Exception as error:
-            died = ModelDied(f"the engine failed: {type(error).__name__}: {error}")
-            for request in live.values():
-                request.settle(died)
-            raise died from error
+        while is_open or self.live:
+            is_open = is_open and self._admit(engine, names)
+            self._drop(engine, [name for name, request in self.live.items() if request.future.cancelled()])
+            outputs: Any = engine.step() if self.live else ()
+            for output in outputs:
+                self._pass_on(engine, output)
 
-    def _admit(self, engine: LLMEngine, live: dict[str, Request], names: Iterator[str]) -> bool:
-        """Hand waiting requests to vLLM, as long as it has few; wait where it has none. False when there is no more."""
+    def _admit(self, engine: LLMEngine, names: Iterator[str]) -> bool:
+        """Hand waiting requests to vLLM up to twice its batch; block if it has none. False once closed."""
         adapter = LoRARequest("adapter", 1, self.info.adapter.path) if self.info.adapter else None
-        while len(live) < 2 * self.limits.batch_size:
+        while len(self.live) < 2 * self.limits.batch_size:
             try:
-                request = self.waiting.get(block=not live)
+                request = self.waiting.get(block=not self.live)
             except queue.Empty:
                 break
             if request is None:
@@ -165,45 +157,44 @@ class Engine:
             prompt: Any = {"prompt_token_ids": list(request.ids), "multi_modal_data": picture}
             try:
                 engine.add_request(name, prompt, request.params(), lora_request=adapter)
-                live[name] = request
-            except Exception as error:  # this request's own
+                self.live[name] = request
+            except Exception as error:  # caused by this request alone
                 request.settle(Failure.of(error))
         return True
 
+    def _drop(self, engine: LLMEngine, names: list[str]) -> None:
+        """Abort requests."""
+        if names:
+            engine.abort_request(names)
+        for name in names:
+            del self.live[name]
+
+    def _pass_on(self, engine: LLMEngine, output: Any) -> None:
+        """Hand vLLM's output to its request."""
+        name, answer = output.request_id, output.outputs[0]
+        ids, request = list(answer.token_ids), self.live[name]
+        logprobs = [each[token].logprob for each, token in zip(answer.logprobs, ids, strict=True)]
+        generated = Generated(ids, logprobs, answer.finish_reason)
+        if request.cut:
+            generated = request.cut(generated)
+        if request.listener:
+            request.listener(generated)
+        if output.finished:
+            del self.live[name]
+        elif generated.finish_reason:
+            self._drop(engine, [name])
+        if generated.finish_reason:
+            request.settle(generated)
+
     def _refuse(self, error: ModelDied) -> None:
-        while True:
-            try:
-                request = self.waiting.get(block=False)
-            except queue.Empty:
-                return
-            if request is not None:
-                request.settle(error)
-
-
-def _drop(engine: LLMEngine, live: dict[str, Request], names: list[str]) -> None:
-    """Forget requests that need no more work."""
-    if names:
-        engine.abort_request(names)
-    for name in names:
-        del live[name]
-
-
-def _pass_on(engine: LLMEngine, live: dict[str, Request], output: Any) -> None:
-    """Tell a request what vLLM has generated for it."""
-    name, answer = output.request_id, output.outputs[0]
-    ids, request = list(answer.token_ids), live[name]
-    logprobs = [each[token].logprob for each, token in zip(answer.logprobs, ids, strict=True)]
-    generated = Generated(ids, logprobs, answer.finish_reason)
-    if request.cut:
-        generated = request.cut(generated)
-    if request.listener:
-        request.listener(generated)
-    if output.finished:
-        del live[name]
-    elif generated.finish_reason:
-        _drop(engine, live, [name])
-    if generated.finish_reason:
-        request.settle(generated)
+        """Settle all requests, running and waiting."""
+        for request in self.live.values():
+            request.settle(error)
+        self.live.clear()
+        with suppress(queue.Empty):
+            while True:
+                if waiting := self.waiting.get(block=False):
+                    waiting.settle(error)
 
 
 def load(info: PaliGemmaInfo, limits: Limits) -> LLMEngine:
@@ -244,7 +235,7 @@ def load(info: PaliGemmaInfo, limits: Limits) -> LLMEngine:
 
 
 def _on_cpu(info: PaliGemmaInfo, limits: Limits) -> dict[str, Any]:
-    # Memory for all that run at once, as far as it goes: beyond it, requests are preempted and computed again.
+    # Cache for all requests that run at once, in half of the free memory at most: vLLM preempts those without cache.
     token = info.kv_values * BYTES[limits.precision] // limits.devices
     one = (math.ceil(limits.length / BLOCK) + 1) * BLOCK * token
     rest = limits.free() - info.parameters * BYTES[limits.precision]
@@ -254,7 +245,7 @@ def _on_cpu(info: PaliGemmaInfo, limits: Limits) -> dict[str, Any]:
 
 @contextmanager
 def _temporary_store() -> Iterator[None]:
-    """Let the file by which vLLM's processes find each other at the start be removed; vLLM leaves it behind."""
+    """Put the file by which vLLM's processes find each other into a folder that is removed; vLLM leaves it behind."""
     modules: list[Any] = [uniproc_executor, multiproc_executor]
     before = [module.get_file_store_init_method for module in modules]
     with tempfile.TemporaryDirectory(prefix="shardsight_vllm_") as folder:

@@ -1,4 +1,4 @@
-"""What is known of a PaliGemma before it is loaded, so that the driver stays free of torch and vLLM."""
+"""What is read of a PaliGemma before it is loaded, without torch and vLLM, as the driver does."""
 
 import hashlib
 import json
@@ -16,42 +16,34 @@ from shardsight.models.info import ModelError
 from shardsight.settings import Models
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM has kernels for
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of the LoRA kernels in vLLM
 # What decides a model's answers, besides `*.safetensors`. generation_config.json names the tokens that end an answer.
 _FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vae-oid.npz",
-)
+    "config.json", "generation_config.json", "model.safetensors.index.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vae-oid.npz",
+)  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Square:
-    """PaliGemma's input: the whole picture, squashed to size × size by Hugging Face's processor."""
+    """The whole picture, resized to size × size by Hugging Face's processor."""
 
     size: int
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) below which a picture would lose what the model could see."""
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to which a picture may be reduced without a loss for the model."""
         return min(self.size, width), min(self.size, height)
 
     def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
-        """As it is: the processor's antialiased scaling needs all of it."""
+        """Unchanged: the processor's antialiased resizing needs all pixels."""
         return frame
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA as peft saves it. rank: that vLLM is told. everywhere: it changes more than the language model."""
+    """A LoRA as peft saves it. rank: of vLLM's kernel. everywhere: also changes vision tower or projector."""
 
     path: str
     rank: int
@@ -60,11 +52,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class PaliGemmaInfo:
-    """input: what frames become for it. vocabulary: number of tokens. image_tokens: that a picture takes.
+    """vocabulary: number of tokens. image_tokens: of a picture. parameters: their number. kv_values: numbers in the KV
+    cache for each token. length: tokens of a request, at most. window: tokens in Gemma 2's sliding window, or None.
 
-    parameters: their number. kv_values: numbers that are kept of each token while a request runs. length: most tokens
-    of a request. window: how many a token sees in Gemma 2's layers with a sliding window, or None. files: name → sha256
-    of all that decides the answers, the adapter's as `adapter/NAME`. sha256: of the weights' files.
+    files: name → sha256 of all that decides the answers, the adapter's as `adapter/NAME`. sha256: over the weights'.
     """
 
     path: str
@@ -81,7 +72,7 @@ class PaliGemmaInfo:
 
 
 def locate(model: str, revision: str | None = None) -> str:
-    """The folder of a model: as named, or what Hugging Face's hub has under the name. Raises ModelError."""
+    """The folder of a model, fetched from Hugging Face's hub where it is a name there. Raises ModelError."""
     if Path(model).is_dir():
         return model
     if Path(model).exists() or model.count("/") != 1 or model[0] in "/.~":
@@ -98,10 +89,7 @@ def locate(model: str, revision: str | None = None) -> str:
 
 
 def inspect(model: str, revision: str | None = None, adapter: str | None = None) -> PaliGemmaInfo:
-    """What a PaliGemma is, from its folder's JSON and the heads of its weights. adapter: folder of a LoRA.
-
-    Raises ModelError.
-    """
+    """Read a folder's JSON and the headers of its weights. adapter: folder of a LoRA. Raises ModelError."""
     folder = locate(model, revision)
     if adapter and not Path(adapter).is_dir():
         raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
@@ -110,14 +98,14 @@ def inspect(model: str, revision: str | None = None, adapter: str | None = None)
 
 
 def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
-    """What the class PaliGemma is started with."""
+    """Of the class PaliGemma."""
     own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
     return own | {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
 
 
 @lru_cache
 def _inspect(folder: str, adapter: str | None, state: tuple[Any, ...]) -> PaliGemmaInfo:
-    """Once for each state of the files: hashing gigabytes takes a while."""
+    """Cached by sizes and times of the files, as hashing takes seconds per gigabyte."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: give the folder of a PaliGemma")
@@ -129,7 +117,7 @@ def _inspect(folder: str, adapter: str | None, state: tuple[Any, ...]) -> PaliGe
             )
         size = int(_size(path, config))
         vision, text = config["vision_config"], config["text_config"]
-        # What a field is where config.json leaves it out, as in Google's own of PaliGemma 1.
+        # With transformers' defaults, as Google's config.json of PaliGemma 1 leaves fields out.
         second = text.get("model_type") == "gemma2"
         head = text.get("head_dim", 256)
         kv_heads = text.get("num_key_value_heads", 4 if second else 1)
@@ -176,7 +164,7 @@ def _adapter(folder: str) -> Adapter:
 
 
 def _check_layers(path: Path, config: dict[str, Any], weights: Sequence[Path]) -> None:
-    """Raises ModelError where the embedding, or an output layer that config.json says is another, is not stored."""
+    """Raises ModelError where the weights lack the embedding, or the output layer of an untied model."""
     names = [name for file in weights for name in shapes(file)]
     tied = config.get("tie_word_embeddings", True)
     for layer in ("embed_tokens",) if tied else ("embed_tokens", "lm_head"):
@@ -188,7 +176,7 @@ def _check_layers(path: Path, config: dict[str, Any], weights: Sequence[Path]) -
 
 
 def _size(path: Path, config: dict[str, Any]) -> int:
-    """The side of the model's input; both files must agree, as positions are learned."""
+    """The side of the model's input. Raises ModelError where model and processor differ, as positions are learned."""
     size = config["vision_config"].get("image_size", 224)
     processor = path / "preprocessor_config.json"
     if not processor.is_file():
@@ -203,10 +191,10 @@ def _size(path: Path, config: dict[str, Any]) -> int:
 
 
 def shapes(file: Path) -> dict[str, list[int]]:
-    """Name → shape of the weights in a safetensors file, by its head: 8 bytes of length, then JSON."""
+    """Name → shape of the weights in a safetensors file, from its header: 8 bytes of length, then JSON."""
     with file.open("rb") as stream:
-        head = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    return {name: tensor["shape"] for name, tensor in head.items() if name != "__metadata__"}
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _sha256(file: Path) -> str:
@@ -215,7 +203,7 @@ def _sha256(file: Path) -> str:
 
 
 def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cuda: bool) -> int:
-    """Most tokens of a request: picture, start token, prompt with its newline, and answer.
+    """Tokens of a request, at most: picture, start token, prompt with its newline, and answer.
 
     Raises ModelError where not even a prompt of one token fits.
     """
@@ -232,9 +220,9 @@ def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cud
 
 
 def fits(info: PaliGemmaInfo, precision: str, available: int, tokens: int, devices: int = 1) -> None:
-    """Whether weights and one request of so many tokens fit the memory of each device. Raises ModelError.
+    """Raises ModelError unless weights and one request of so many tokens fit the `available` bytes of each device.
 
-    available: bytes of a device. A tenth of the weights is added for what is computed in between.
+    A tenth of the weights is added for activations.
     """
     weights = info.parameters * BYTES[precision] * 1.1 / devices
     needed = weights + tokens * info.kv_values * BYTES[precision]

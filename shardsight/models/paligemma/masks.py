@@ -1,7 +1,7 @@
-"""PaliGemma's `<seg>` codes ↔ masks: sixteen codes are a mask of 64×64 within its box.
+"""PaliGemma's `<seg>` codes → masks: sixteen codes are a mask of 64×64 within its box.
 
-The VQ-VAE is that of Ning et al., "All in Tokens" (arXiv 2301.02229), as big_vision reads it: Google's
-`vae-oid.npz`, whose kernels lie as torch's do.
+By the decoder of a VQ-VAE (Ning et al., "All in Tokens", arXiv 2301.02229), in the format of Google's `vae-oid.npz`, as
+big_vision reads it. Its kernels have torch's order of axes.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 from torch import nn
 
 CODES, CODEBOOK, SIZE = 16, 128, 64
-_CODEBOOK_KEY = "_vq_vae._embedding"
+CODEBOOK_KEY = "_vq_vae._embedding"
 
 
 class MaskError(Exception):
@@ -22,13 +22,13 @@ class MaskError(Exception):
 
 
 class MaskDecoder(nn.Module):  # type: ignore[misc]
-    """codes → masks. width: of the codebook's vectors, 512 in Google's."""
+    """width: of the codebook's vectors, 512 in Google's."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(CODEBOOK, width))
         self.decoder = nn.Sequential(
-            *(nn.Conv2d(width, 128, 1), nn.ReLU(), _ResBlock(), _ResBlock()),
+            *(nn.Conv2d(width, 128, 1), nn.ReLU(), ResBlock(), ResBlock()),
             *(nn.ConvTranspose2d(128, 128, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU()),
             *(nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ReLU()),
             nn.Conv2d(16, 1, 1),
@@ -37,7 +37,24 @@ class MaskDecoder(nn.Module):  # type: ignore[misc]
     @classmethod
     def load(cls, path: str | Path) -> "MaskDecoder":
         """From an `.npz` with `decoder.0.weight` … and `_vq_vae._embedding`. Raises MaskError."""
-        return _load(cls, path, "decoder")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, ValueError) as error:
+            raise MaskError(f"{path} cannot be read as an .npz file: {error}") from None
+        codebook = arrays.get(CODEBOOK_KEY, np.zeros(0))
+        if codebook.ndim != 2 or len(codebook) != CODEBOOK:
+            raise MaskError(
+                f"{path}: expected {CODEBOOK_KEY}, the codebook, of shape ({CODEBOOK}, width), found "
+                f"{codebook.shape if CODEBOOK_KEY in arrays else 'none'}"
+            )
+        decoder = cls(codebook.shape[1])
+        state = {name: torch.from_numpy(value) for name, value in arrays.items() if name.startswith("decoder.")}
+        try:
+            decoder.load_state_dict({**state, "codebook": torch.from_numpy(codebook)})
+        except RuntimeError as error:
+            raise MaskError(f"{path} is not PaliGemma's mask VQ-VAE: {' '.join(str(error).split())}") from None
+        return decoder.eval()
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -62,36 +79,7 @@ class MaskDecoder(nn.Module):  # type: ignore[misc]
         return masks
 
 
-class MaskEncoder(nn.Module):  # type: ignore[misc]
-    """masks → codes, to make what a model is trained on."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.codebook = nn.Parameter(torch.randn(CODEBOOK, width))
-        self.encoder = nn.Sequential(
-            *(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU()),
-            *(_ResBlock(), _ResBlock(), nn.Conv2d(128, width, 1)),
-        )
-
-    @classmethod
-    def load(cls, path: str | Path) -> "MaskEncoder":
-        """From the same file, `encoder.0.weight` … Raises MaskError."""
-        return _load(cls, path, "encoder")
-
-    @torch.inference_mode()
-    def encode(self, masks: np.ndarray) -> np.ndarray:
-        """float (n, 64, 64) from 0 to 1, 1 inside → int64 (n, 16)."""
-        vectors = self(torch.from_numpy(np.ascontiguousarray(masks, np.float32)))
-        return cast(np.ndarray, nearest(vectors, self.codebook).numpy())
-
-    def forward(self, masks: torch.Tensor) -> torch.Tensor:
-        """(n, 64, 64) from 0 to 1 → (n, 16, width), not quantised yet."""
-        vectors: torch.Tensor = self.encoder(2 * masks[:, None] - 1).flatten(2).transpose(1, 2)
-        return vectors
-
-
-class _ResBlock(nn.Module):  # type: ignore[misc]
+class ResBlock(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         convolutions = nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 128, 1)
@@ -102,17 +90,11 @@ class _ResBlock(nn.Module):  # type: ignore[misc]
         return y
 
 
-def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(…, width) → int64 (…), the code that lies closest."""
-    distances = (codebook**2).sum(1) - 2 * vectors @ codebook.T
-    return distances.argmin(-1)
-
-
 def paste(mask64: np.ndarray, box_xyxy: tuple[float, float, float, float], width: int, height: int) -> dict[str, Any]:
-    """A decoded mask in its box, x1, y1, x2, y2 in pixels, of a picture → its COCO compressed RLE.
+    """A decoded mask, and its box in pixels of a picture → COCO compressed RLE of the picture's size.
 
-    Resized bilinearly and cut above 0, as big_vision does; edges are rounded to whole pixels, where it
-    truncates them, which shifts a mask by half a pixel.
+    Resized bilinearly, inside where above 0, as in big_vision; but edges are rounded to whole pixels, not truncated,
+    which would shift a mask by half a pixel.
     """
     limits = width, height, width, height
     x1, y1, x2, y2 = (min(max(round(edge), 0), limit) for edge, limit in zip(box_xyxy, limits, strict=True))
@@ -121,32 +103,3 @@ def paste(mask64: np.ndarray, box_xyxy: tuple[float, float, float, float], width
         resized = Image.fromarray(mask64.astype(np.float32)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
         canvas[y1:y2, x1:x2] = np.asarray(resized) > 0
     return {"height": height, "width": width, "counts": rle.encode(canvas)["counts"].decode()}
-
-
-def save(encoder: MaskEncoder, decoder: MaskDecoder, path: Path) -> None:
-    """In Google's format: both halves and the decoder's codebook."""
-    arrays = {
-        **{f"encoder.{name}": value for name, value in encoder.encoder.state_dict().items()},
-        **{f"decoder.{name}": value for name, value in decoder.decoder.state_dict().items()},
-        _CODEBOOK_KEY: decoder.codebook.detach(),
-    }
-    np.savez_compressed(path, **{name: value.float().numpy() for name, value in arrays.items()})
-
-
-def _load(half: Any, path: str | Path, name: str) -> Any:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise MaskError(f"{path} cannot be read as an .npz file: {error}") from None
-    codebook = arrays.get(_CODEBOOK_KEY)
-    if codebook is None or codebook.ndim != 2 or codebook.shape[0] != CODEBOOK:
-        found = "none" if codebook is None else f"one of shape {codebook.shape}"
-        raise MaskError(f"{path} should hold a codebook {_CODEBOOK_KEY} of shape ({CODEBOOK}, width); it has {found}")
-    module = half(codebook.shape[1])
-    state = {key: torch.from_numpy(value) for key, value in arrays.items() if key.startswith(f"{name}.")}
-    try:
-        module.load_state_dict({**state, "codebook": torch.from_numpy(codebook)})
-    except RuntimeError as error:
-        raise MaskError(f"{path} is not PaliGemma's mask VQ-VAE: {' '.join(str(error).split())}") from None
-    return module.eval()

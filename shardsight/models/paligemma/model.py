@@ -2,8 +2,8 @@
 
 import os
 
-# The engine in this process: our prompts' lengths reach it, and it starts in a fifth of the time. vLLM reads these when
-# it is imported.
+# Read by vLLM when it is imported. With its engine in this process, prompts' lengths reach the attention (see prefix),
+# and it starts in a fifth of the time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import huggingface_hub
@@ -26,15 +26,17 @@ from shardsight.models.info import ModelDied, computes_bf16
 from shardsight.models.paligemma.answers import Answers, Generated
 from shardsight.models.paligemma.engine import Engine, Limits, Request
 from shardsight.models.paligemma.info import inspect, request_length
-from shardsight.models.paligemma.prompts import Prompt
+from shardsight.models.paligemma.prompts import Prompt, Sampling
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.row import Failure, frames_of
 
+GREEDY = Sampling()
+
 
 @dataclass(frozen=True)
 class Asked:
-    """What a table's pictures are being asked: (row, its region, prompt, answer to come). since: see Stopwatch."""
+    """A table whose answers are being computed. questions: (row, detection, prompt, answer). since: of Stopwatch."""
 
     table: pa.Table
     answers: list[list[dict[str, Any]] | None]
@@ -42,20 +44,15 @@ class Asked:
     questions: list[tuple[int, dict[str, Any] | None, Prompt, "Future[Generated]"]]
     since: tuple[float, float]
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more: the engine drops what is not answered yet."""
-        for *_, future in self.questions:
-            future.cancel()
-
 
 class PaliGemma:
     """One PaliGemma 1 or 2. Calls from several threads share its batches.
 
-    model: a folder, or a name on the hub, of `revision`. prompts: asked of each picture; with `regions`, of the crop of
-    each of its detections. route: which pictures it is asked about; all by default. max_tokens: of an answer.
-    precision: auto, fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices: that share the model.
-    batch_size: most requests that run at once. memory: share of a GPU's memory to take. threads: of the CPU.
-    prompt_tokens: most of a prompt. Raises ModelError, PromptError.
+    model: a folder, or a name on the hub, of `revision`. prompts: about each picture; with `regions`, about the crop of
+    each of its detections. route: selects pictures; all by default. max_tokens, prompt_tokens: of an answer and of a
+    prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in it, else fp32), fp32, bf16 or fp16.
+    adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory, threads: see Limits.
+    Raises ModelError, PromptError.
     """
 
     def __init__(
@@ -77,11 +74,12 @@ class PaliGemma:
         self.regions, self.route, self.max_tokens = regions, route, max_tokens
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision, adapter)
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what it has was fetched just now
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
-        self.precision = _precision(cuda) if precision == "auto" else precision
+        automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
+        self.precision = automatic if precision == "auto" else precision
         length = request_length(self.info, prompt_tokens, max_tokens, cuda)
-        self.most_prompt_tokens = length - self.info.image_tokens - 1 - max_tokens  # its newline included
+        self.max_prompt_tokens = length - self.info.image_tokens - 1 - max_tokens  # with its newline
         self.tokenizer = AutoTokenizer.from_pretrained(self.info.path)
         self.reader = Answers(self.tokenizer, self.info.path)
         self.encode = functools.lru_cache(4096)(self._encode)
@@ -90,14 +88,13 @@ class PaliGemma:
         self.stopwatch = Stopwatch()
 
     def close(self) -> None:
-        """Let the engine finish what it has, and free its memory."""
+        """Finish all requests, then free the memory."""
         self.engine.close()
 
     def __call__(self, pictures: pa.Table | Picture | Sequence[Picture], prompts: Sequence[str] | None = None) -> Any:
-        """A table with FRAME columns → the same, with `answers`, or with `error`; with `regions`, whose frames are
-        whole pictures, each detection gets its `text` instead.
+        """A table with FRAME columns → the same with `answers` or `error`; with `regions`, for which frames must be
+        unscaled, with a `text` in each detection instead. Pictures (see table.from_pictures) → rows as dicts.
 
-        Pictures, one or a list of them (see table.from_pictures) → a list of rows as dicts.
         prompts: instead of the model's own. Raises ModelDied, PromptError.
         """
         if not isinstance(pictures, pa.Table):
@@ -123,11 +120,12 @@ class PaliGemma:
                 pictures, asked.answers[index] = [(None, frame)], []
             for region, picture in pictures:
                 for prompt in prompts:
-                    asked.questions.append((index, region, prompt, self.ask(picture, prompt, max_tokens)))
+                    future = self.ask(picture, prompt, Sampling(max_tokens))
+                    asked.questions.append((index, region, prompt, future))
         return asked
 
     def answered(self, asked: Asked) -> pa.Table:
-        """The table with what was answered; waits for it. Raises ModelDied."""
+        """Wait for the answers → the table with them. Raises ModelDied."""
         table, answers, detections = asked.table, asked.answers, asked.detections
         failed, widths, heights = (table[name].to_pylist() for name in ("error", "width", "height"))
         for index, region, prompt, future in asked.questions:
@@ -150,49 +148,32 @@ class PaliGemma:
         self,
         frame: np.ndarray,
         prompt: Prompt,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
+        sampling: Sampling = GREEDY,
         listener: Callable[[Generated], None] | None = None,
-        *,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
     ) -> "Future[Generated]":
-        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure, or ModelDied; cancelled, it
-        costs no more work.
-
-        listener: is told, in the engine's thread, what there is of the answer after each token. The others are those
-        of OpenAI's API: max_tokens: fewer than the model's own. temperature: 0 takes the likeliest token. top_p: share
-        of the probability that is drawn from, the likeliest tokens first. seed: the same one gives the same answer,
-        whatever else is computed. stop: texts before which the answer ends (see Answers.cut).
-        """
-        most = min(max_tokens or self.max_tokens, self.max_tokens)
-        texts = [text for text in stop if text]
-        cut = functools.partial(self.reader.cut, stop=texts) if texts else None
+        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure or ModelDied; cancelling it stops
+        the work. listener: called with the answer so far after each token, in the engine's thread."""
         try:
             ids = self.encode(prompt.text)
         except Failure as failure:
             refused: Future[Generated] = Future()
             refused.set_exception(failure)
             return refused
-        return self.engine.submit(Request(frame, ids, most, temperature, top_p, seed, listener, cut))
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens or self.max_tokens, self.max_tokens))
+        cut = functools.partial(self.reader.cut, stop=sampling.stop) if sampling.stop else None
+        return self.engine.submit(Request(frame, ids, sampling, listener, cut))
 
     def _encode(self, text: str) -> list[int]:
-        """As Hugging Face's processor does, but for picture and start token, which vLLM puts before."""
+        """As Hugging Face's processor does, without picture and start token, which vLLM adds."""
         ids: list[int] = self.tokenizer.encode(text + "\n", add_special_tokens=False)
-        if len(ids) > self.most_prompt_tokens:
-            most = self.most_prompt_tokens
-            raise Failure("PromptTooLong", f"the prompt takes {len(ids)} tokens, and at most {most} fit")
+        if len(ids) > self.max_prompt_tokens:
+            found = f"the prompt takes {len(ids)} tokens, and at most {self.max_prompt_tokens} fit"
+            raise Failure("PromptTooLong", found)
         return ids
 
 
 def _crop(frame: np.ndarray, box: dict[str, Any]) -> np.ndarray:
-    """What of a whole picture, (h, w, 3), a detection touches, of one pixel at least."""
+    """The pixels of an unscaled picture, (h, w, 3), that a box touches; at least one."""
     x1, y1 = max(0, math.floor(box["x1"])), max(0, math.floor(box["y1"]))
     x1, y1 = min(x1, frame.shape[1] - 1), min(y1, frame.shape[0] - 1)
     return frame[y1 : max(y1 + 1, math.ceil(box["y2"])), x1 : max(x1 + 1, math.ceil(box["x2"]))]
-
-
-def _precision(cuda: bool) -> str:
-    """fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
-    return "fp16" if cuda else "bf16" if computes_bf16() else "fp32"

@@ -1,6 +1,6 @@
-"""What vLLM loads of us in each of its processes, through the entry point group `vllm.general_plugins`.
+"""Loaded by vLLM in each of its processes, through the entry point group `vllm.general_plugins`.
 
-PaliGemma attends in both directions over picture and prompt; stock vLLM lets it do so over the picture at most.
+PaliGemma attends in both directions over picture and prompt; stock vLLM does so over the picture at most.
 """
 
 MODEL = "PaliGemmaForConditionalGeneration"
@@ -8,7 +8,7 @@ _MODULE = "shardsight.models.paligemma.prefix"
 
 
 def register() -> None:
-    """Put our classes in the place of vLLM's, by name: they are imported where a PaliGemma is loaded."""
+    """Replace vLLM's classes by ours, by name, so that they are imported only where a PaliGemma is loaded."""
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -17,7 +17,7 @@ def register() -> None:
 
 
 def loaded() -> bool:
-    """Whether vLLM has loaded it in this process; it only logs when it cannot, or is told not to (VLLM_PLUGINS)."""
+    """Whether vLLM has loaded this plugin. Where it cannot, or VLLM_PLUGINS excludes it, vLLM only logs that."""
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 

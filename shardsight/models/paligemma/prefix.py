@@ -1,21 +1,22 @@
 """PaliGemma in vLLM 0.29 with its own attention mask.
 
-The mask (Hugging Face's modeling_paligemma.py, big_vision's `make_attn_mask`): each token of picture and prompt sees
-all of both; a generated token sees what stands before it. vLLM's runners, of both generations, ask a request's picture
-which positions attend in both directions (`PlaceholderRange.extract_embeds_range`), and the attention of CUDA follows.
-So the picture is made to answer with the whole prompt, and the attention of the CPU, which does not ask, is taught to.
+The mask (Hugging Face's modeling_paligemma.py, big_vision's `make_attn_mask`): each token of picture and prompt attends
+to all of both; a generated token attends to itself and all tokens before it. Both generations of vLLM's runner ask a
+request's picture which positions attend in both directions (`PlaceholderRange.extract_embeds_range`), and the attention
+on CUDA applies that. So our placeholder range answers with the whole prompt, and our attention backend for the CPU
+applies it there, where vLLM's own does not.
 
-Every other layer of Gemma 2 has a sliding window of W tokens, which a picture of 896 pixels fills:
+Every other layer of Gemma 2 has a sliding window of W tokens, which a picture of 896 pixels fills (W = 4096):
 
 - transformers 5.16.1 (masking_utils.py, `create_sliding_window_causal_mask`): (causal and within the window) or both in
-  the prompt. So tokens of picture and prompt see all of both, however far apart; a generated token sees itself and the
-  W - 1 tokens before it, of the prompt too.
-- vLLM's CPU kernel (`cpu_attention_with_kv_cache`) has one window a call, for a causal request the same as above, for
-  one that is not causal in both directions: |query - key| < W. So a batch with a prompt longer than W takes two calls,
-  the prompts' without a window.
-- vLLM's runner of the CPU (gpu_model_runner.py) leaves out ranges longer than W, unless the model says that its
-  attention deals with them (`mm_prefix_clamp_sliding_window`). On CUDA the default runner
-  (worker/gpu/attn_utils.py, `compute_mm_prefix_ranges`) always leaves them out, which makes such a prompt causal;
+  the prompt. So tokens of picture and prompt attend to all of both, however far apart; a generated token attends to
+  itself and the W - 1 tokens before it, of the prompt too.
+- vLLM's CPU kernel (`cpu_attention_with_kv_cache`) takes one window per call: as above for a causal request, and
+  |query - key| < W for one that is not causal. So a batch with a prompt longer than W takes two calls, the one for the
+  prompts without a window.
+- vLLM's runner for the CPU (gpu_model_runner.py) drops ranges longer than W, unless the model declares that its
+  attention handles them (`mm_prefix_clamp_sliding_window`). On CUDA the default runner
+  (worker/gpu/attn_utils.py, `compute_mm_prefix_ranges`) always drops them, which makes such a prompt causal;
   therefore requests longer than W are refused there.
 """
 
@@ -54,7 +55,7 @@ Ranges = Mapping[int, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, eq=False)
 class Prefix(PlaceholderRange):
-    """Where a picture stands in its prompt, and that all `prompt_length` tokens of the prompt see each other."""
+    """A picture's place in its prompt, all of whose `prompt_length` tokens attend to each other."""
 
     prompt_length: int = 0
 
@@ -77,7 +78,7 @@ class Processor(paligemma.PaliGemmaMultiModalProcessor):
     Processor, info=paligemma.PaliGemmaProcessingInfo, dummy_inputs=paligemma.PaliGemmaDummyInputsBuilder
 )
 class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
-    # The names in Google's uploads, in what transformers 4.52 wrote, and in what transformers 5 writes, as vLLM's.
+    # Names of weights in Google's uploads, as saved by transformers 4.52 and by transformers 5 → vLLM's.
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_regex={
             re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"): "vision_tower.vision_model.",
@@ -86,7 +87,7 @@ class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
             re.compile(r"^lm_head\."): "language_model.lm_head.",
         }
     )
-    # vLLM's runner asks for it by this name before it passes on a range longer than the sliding window.
+    # Read by vLLM's runner: this model's attention handles ranges longer than the sliding window.
     mm_prefix_clamp_sliding_window = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -94,11 +95,11 @@ class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
         if reason:
             raise ValueError(f"PaliGemma would give wrong answers: {reason}")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # Hugging Face's PaliGemma leaves Gemma 2's cap of the last logits out: the same tokens, by other probabilities.
+        # Hugging Face's PaliGemma has no cap on the final logits, unlike Gemma 2: other probabilities, the same tokens.
         self.language_model.logits_processor.soft_cap = None
         text = self.config.text_config
         if text.model_type == "gemma2" and not self.config.tie_word_embeddings:
-            # vLLM's Gemma 2 takes its embedding for its output layer, whatever the weights hold; its Gemma does not.
+            # Unlike its Gemma, vLLM's Gemma 2 always uses its embedding as its output layer.
             name = maybe_prefix(prefix, "language_model.lm_head")
             self.language_model.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=name)
 
@@ -109,7 +110,7 @@ class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
 
 
 def unsuited(config: VllmConfig) -> str | None:
-    """What in vLLM's configuration would break the mask without a word, and what to do."""
+    """What in vLLM's configuration would silently break the mask, and what to do; None if all is well."""
     if vllm.__version__.partition("+")[0] != VERSION:
         return f"its attention is written for vLLM {VERSION}, and this is {vllm.__version__}; install that one"
     if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
@@ -120,7 +121,7 @@ def unsuited(config: VllmConfig) -> str | None:
     if config.scheduler_config.max_num_batched_tokens < length:
         return f"a prompt and its answer must fit one step; set max_num_batched_tokens to {length} or more"
     if config.cache_config.enable_prefix_caching:
-        return "what is kept of a picture depends on the prompt after it; set enable_prefix_caching=False"
+        return "the cached values of a picture depend on the prompt after it; set enable_prefix_caching=False"
     window = getattr(config.model_config.hf_text_config, "sliding_window", None)
     if window is not None and window < length and not current_platform.is_cpu():
         return (
@@ -128,7 +129,7 @@ def unsuited(config: VllmConfig) -> str | None:
             f"device; set max_model_len, {length}, to {window}, or use a CPU"
         )
     if config.speculative_config is not None:
-        return "drafted tokens have no mask of their own; leave speculative_config out"
+        return "the mask does not cover drafted tokens; leave speculative_config out"
     if current_platform.is_cpu() and AttentionBackendEnum.CPU_ATTN.get_class() is not CPUPrefixBackend:
         return "another plugin has replaced the attention of the CPU; set VLLM_PLUGINS=shardsight"
     return None
@@ -136,9 +137,9 @@ def unsuited(config: VllmConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of one request in a batch, from `start` to before `end`, that are all causal or all not.
+    """Tokens of one request in a batch, start ≤ token < end, that are all causal or all not.
 
-    request: which one. length: how many tokens, from the request's first, the last of them sees.
+    request: its index. length: number of the request's tokens that the last of them attends to.
     """
 
     request: int
@@ -149,11 +150,11 @@ class Part:
 
 
 def split(start: Sequence[int], length: Sequence[int], ranges: Ranges) -> list[Part]:
-    """Prompts apart from what was generated after them, which a request computes again once it was preempted.
+    """Split requests into prompts, which are not causal, and generated tokens, which are: the kernel takes only whole
+    requests as either. A request has both in one batch when it is computed again after a preemption.
 
-    The kernel knows only whole requests as causal or not, so that a request may become two parts, in their order.
-    start: of each request's tokens in the batch, and the end. length: of each request, with what is computed already.
-    Raises RuntimeError where a prompt is not whole, or its length did not arrive.
+    start: of each request's tokens in the batch, and the end of the last. length: of each request, with the tokens that
+    are computed already. Raises RuntimeError where a prompt is not whole, or its length did not arrive.
     """
     parts: list[Part] = []
     for request, total in enumerate(length):
@@ -176,17 +177,16 @@ def split(start: Sequence[int], length: Sequence[int], ranges: Ranges) -> list[P
 
 @dataclass
 class WindowedMetadata(CPUAttentionMetadata):
-    """Of a batch with a prompt longer than the sliding window.
+    """Of a batch with a prompt longer than the sliding window, in layers with a window.
 
-    calls: of the layers with a window, one for the prompts and one for what was generated: its tokens of the batch,
-    and their metadata.
+    calls: (its tokens in the batch, their metadata), for the prompts and for the generated tokens.
     """
 
     calls: Sequence[tuple[torch.Tensor, CPUAttentionMetadata]] = ()
 
 
 def _part_of(common: CommonAttentionMetadata, parts: Sequence[Part], causal: Any) -> CommonAttentionMetadata:
-    """The batch as if each of the parts was a request. causal: of all, or a tensor of each."""
+    """The batch as if each part was a request. causal: of all parts, or a tensor with that of each."""
     start = list(itertools.accumulate((part.end - part.start for part in parts), initial=0))
     return replace(
         common,
@@ -204,7 +204,7 @@ class CPUPrefixBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         common = common_attn_metadata
-        # Of other models in this process nothing changes, nor of the vision tower, which has no requests.
+        # Unchanged for other models in this process, and for the vision tower, which has no requests.
         if self.vllm_config.model_config.hf_config.model_type != "paligemma" or common.mm_req_doc_ranges is None:
             return super().build(common_prefix_len, common, fast_build)
         parts = split(common.query_start_loc.tolist(), common.seq_lens.tolist(), common.mm_req_doc_ranges)

@@ -1,8 +1,10 @@
-"""PaliGemma's prompts, checked; and what its answers say, from their token ids."""
+"""PaliGemma's prompts, checked; how answers are sampled; and boxes, codes and labels from an answer's token ids."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from shardsight.errors import UsageError
 
@@ -18,8 +20,7 @@ _FORMS = {
     "segment": "segment NAME ; NAME",
 }
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
-BINS = 1024
-LOCATIONS, CODES = 4, 16
+BINS, LOCATIONS, CODES = 1024, 4, 16
 
 
 class PromptError(UsageError, ValueError):
@@ -28,28 +29,28 @@ class PromptError(UsageError, ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: as the model is asked, without the newline that ends it. names: that it is to find, in their order."""
+    """text: without the newline that ends it for the model. names: of the objects to find, in their order."""
 
     text: str
     names: tuple[str, ...] = ()
 
     @staticmethod
     def of(text: str) -> "Prompt":
-        """One of PaliGemma's forms, or free text, which PaliGemma 2 mix takes. Raises PromptError.
+        """One of the forms in Google's guide, or free text, as PaliGemma 2 mix takes. Raises PromptError.
 
-        The forms are those of Google's guide, `ocr` among them. What begins as a form and lacks its rest is refused.
+        A form without its arguments is refused.
         """
         text = text.strip()
         word, _, rest = text.partition(" ")
         rest = rest.strip()
         if not text:
-            raise PromptError("an empty prompt asks nothing: give one, as 'caption en'")
+            raise PromptError("the prompt is empty: give one, as 'caption en'")
         if re.search("[\ud800-\udfff]", text):
-            raise PromptError(f"{text!r} is not Unicode: half of a character is missing")
+            raise PromptError(f"{text!r} is not Unicode: it has a lone surrogate")
         if "\n" in text:
             raise PromptError(f"a newline ends a prompt, and {text!r} has one inside: give it on one line")
         if found := re.search(r"<(image|bos|eos|pad|unk)>", text):
-            raise PromptError(f"{found[0]} has its place before the prompt: leave it out of {text!r}")
+            raise PromptError(f"{found[0]} is added by the model itself: leave it out of {text!r}")
         form = _FORMS.get(word)
         language, _, tail = rest.partition(" ")
         if form and (not rest or (word in ("answer", "question") and _LANGUAGE.fullmatch(language) and not tail)):
@@ -60,6 +61,22 @@ class Prompt:
         if not all(names):
             raise PromptError(f"{text!r} has an empty name: write {form}")
         return Prompt(text, names)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer's tokens are chosen, as in OpenAI's API.
+
+    max_tokens: at most the model's own, which is the default. temperature: 0 takes the likeliest token. top_p: share of
+    the probability that is drawn from, the likeliest tokens first. seed: the same one gives the same answer, whatever
+    else is in the batch. stop: texts before which the answer ends.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,20 +103,17 @@ class Found:
 
 
 def find(ids: Sequence[int], logprobs: Sequence[float], vocabulary: Vocabulary, names: Sequence[str]) -> list[Found]:
-    """What an answer, token ids with their log-probabilities, has found of `names`. What is malformed is left out.
+    """The objects in an answer, of token ids and their log-probabilities. names: that the prompt asked for.
 
-    Malformed is: another number of locations or codes in a row, and a box without area (big_vision's evaluators count
-    both as invalid).
+    Left out, as invalid to big_vision's evaluators: another number of locations or codes in a row; a box without area.
     """
-    import numpy as np
-
     kinds = ["l" if token in vocabulary.loc else "s" if token in vocabulary.seg else "t" for token in ids]
     found = []
-    # Runs of one kind: locations, codes with nothing but space before them, text up to the next locations or codes.
+    # Locations, then codes after nothing but space, then text up to the next location or code.
     for match in re.finditer(r"(l+)(t*)(s*)(t*)", "".join(kinds)):
         where, space, codes, after = (ids[slice(*match.span(group))] for group in range(1, 5))
         start, text = match.start(4), after
-        if not codes or vocabulary.decode(space).strip():  # then the codes, if any, are nobody's
+        if not codes or vocabulary.decode(space).strip():  # codes after text belong to no box
             codes, start, text = [], match.start(2), space
         if len(where) != LOCATIONS or len(codes) not in (0, CODES):
             continue
@@ -110,8 +124,8 @@ def find(ids: Sequence[int], logprobs: Sequence[float], vocabulary: Vocabulary, 
         scored = logprobs[start : start + count] if label else logprobs[slice(*match.span(1))]
         if not label and len(names) == 1:
             label = names[0]
-        score = float(np.exp(np.mean(scored)))
-        found.append(Found(places, tuple(vocabulary.seg[token] for token in codes), label or None, score))
+        numbers = tuple(vocabulary.seg[token] for token in codes)
+        found.append(Found(places, numbers, label or None, math.exp(fmean(scored))))
     return found
 
 
@@ -122,14 +136,8 @@ def _label(ids: Sequence[int], vocabulary: Vocabulary) -> tuple[str, int]:
     return label.lstrip(), count
 
 
-def encode_box(box: Sequence[float], width: int, height: int) -> list[int]:
-    """x1, y1, x2, y2, pixels of a picture → y1, x1, y2, x2 in bins, as big_vision writes them: round(1023 × share)."""
-    x1, y1, x2, y2 = box
-    shares = (y1 / height, x1 / width, y2 / height, x2 / width)
-    return [min(max(round(share * (BINS - 1)), 0), BINS - 1) for share in shares]
-
-
 def decode_box(locations: Sequence[int], width: int, height: int) -> tuple[float, float, float, float]:
-    """The reverse: bin / 1023, as big_vision reads them; others divide by 1024, which is a tenth of a percent less."""
+    """Bins y1, x1, y2, x2 → x1, y1, x2, y2 in pixels: bin / 1023 of the side, as big_vision's round(1023 × share) has
+    it. Others divide by 1024, which is a tenth of a percent less."""
     y1, x1, y2, x2 = (location / (BINS - 1) for location in locations)
     return x1 * width, y1 * height, x2 * width, y2 * height

@@ -1,10 +1,14 @@
-"""What is known of a YOLO model before it is loaded, so that the driver stays free of torch."""
+"""What a YOLO model is, for a process that does not load torch: a subprocess loads the model and prints it as JSON.
+
+The subprocess is `python -m shardsight.models.yolo.info PATH IMGSZ`, with IMGSZ in JSON.
+"""
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +17,16 @@ from shardsight.models.info import ModelError
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 
-# What belongs to an export of one file and stands beside it: ONNX's external data, and a frozen graph's names.
-_BESIDE = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
+# Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
+_COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
 
 
 @dataclass(frozen=True)
 class YoloInfo:
-    """input: what frames become for it. names: label by class id.
+    """names: label by class id.
 
-    files: SHA-256 of all that decides its answers, by name; within the folder, of an export that is one. sha256: of
-    the file, or of a folder's files together.
+    files: SHA-256 of every file that its results depend on, by name; for a folder, by path within it. sha256: of the
+    file, or of all the folder's digests together.
     """
 
     path: str
@@ -34,7 +38,7 @@ class YoloInfo:
 
 
 def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
-    """Load a YOLO model once, in a process of its own, and tell what it is. Raises ModelError."""
+    """Raises ModelError. Takes seconds for the first call, and again after a file of the model has changed."""
     if not Path(path).exists():
         raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
     state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(path)).values())
@@ -42,40 +46,40 @@ def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
 
 
 def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
-    """What the class Yolo is started with."""
+    """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
     return {"model": info.path} | {name: getattr(settings, name) for name in names}
 
 
 @lru_cache
 def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> YoloInfo:
-    """Once for each state of the files, as it takes seconds."""
-    command = [sys.executable, "-m", "shardsight.models.yolo.describe", path, imgsz]
+    command = [sys.executable, "-m", "shardsight.models.yolo.info", path, imgsz]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"its process exited with code {done.returncode}"])[-1]
         raise ModelError(f"{path} cannot be loaded as a YOLO model: {last}")
     found = json.loads(done.stdout)
     if "error" in found:
         raise ModelError(found["error"])
-    sides = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
+    input = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
     files = {name: _sha256(file) for name, file in _files(Path(path)).items()}
+    digests = b"".join(map(bytes.fromhex, files.values()))
     return YoloInfo(
         path=path,
         task=found["task"],
         names={int(index): name for index, name in found["names"].items()},
-        input=CentreCrop(**sides) if found["task"] == "classify" else Letterbox(**sides),
+        input=CentreCrop(**input) if found["task"] == "classify" else Letterbox(**input),
         files=files,
-        sha256=_together(files) if Path(path).is_dir() else files[Path(path).name],
+        sha256=files[Path(path).name] if Path(path).is_file() else hashlib.sha256(digests).hexdigest(),
     )
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """All that decides the answers of a model, by name."""
+    """Every file that a model's results depend on, by name."""
     if path.is_dir():
         return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    beside = [path.with_name(name.format(path.name)) for name in _BESIDE.get(path.suffix.lower(), ())]
-    return {file.name: file for file in (path, *beside) if file.is_file()}
+    companions = [path.with_name(name.format(path.name)) for name in _COMPANIONS.get(path.suffix.lower(), ())]
+    return {file.name: file for file in (path, *companions) if file.is_file()}
 
 
 def _sha256(file: Path) -> str:
@@ -83,5 +87,20 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _together(files: dict[str, str]) -> str:
-    return hashlib.sha256(b"".join(map(bytes.fromhex, files.values()))).hexdigest()
+def _describe(path: str, imgsz: str) -> None:
+    """Prints a JSON object: `task`, `names` and `input`, or `error`, a sentence for the user."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output, too
+    from shardsight.models.yolo.model import Yolo
+
+    try:
+        yolo = Yolo(path, imgsz=json.loads(imgsz), precision="fp32")
+        found = {"task": yolo.task, "names": yolo.names, "input": asdict(yolo.input)}
+    except ModelError as error:
+        found = {"error": str(error)}
+    with stdout:
+        json.dump(found, stdout)
+
+
+if __name__ == "__main__":
+    _describe(*sys.argv[1:])

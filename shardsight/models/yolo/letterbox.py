@@ -1,4 +1,4 @@
-"""How a picture of any size becomes YOLO's input: ultralytics' geometry, to the pixel."""
+"""How a picture of any size becomes YOLO's input, pixel for pixel as in ultralytics."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ GREY = 114
 
 
 @dataclass(frozen=True)
-class Box:
-    """A picture of `width` × `height` inside the input: scaled to `inner`, padded left and top, in `outer`.
+class Placement:
+    """Where a picture of `width` × `height` lies in the model's input.
 
-    inner, outer: (width, height), pixels.
+    It is scaled to `inner` and lies at (`left`, `top`) in an input of size `outer`; both are (width, height), pixels.
     """
 
     width: int
@@ -28,15 +28,15 @@ class Box:
 class Letterbox:
     """imgsz: (height, width) of the full input. stride: of the model.
 
-    minimal: pad to the next multiple of the stride only, as ultralytics does for a picture alone;
-    otherwise to the whole of imgsz, for exports of a fixed size.
+    minimal: pad only to the next multiple of the stride, as ultralytics does for a single picture; otherwise to imgsz,
+    for exports of a fixed size.
     """
 
     imgsz: tuple[int, int]
     stride: int = 32
     minimal: bool = True
 
-    def place(self, width: int, height: int) -> Box:
+    def place(self, width: int, height: int) -> Placement:
         full_height, full_width = self.imgsz
         ratio = min(full_height / height, full_width / width)
         inner = max(round(width * ratio), 1), max(round(height * ratio), 1)
@@ -44,44 +44,40 @@ class Letterbox:
         if self.minimal:
             spare_x, spare_y = spare_x % self.stride, spare_y % self.stride
         outer = inner[0] + spare_x, inner[1] + spare_y
-        return Box(width, height, inner, outer, round(spare_x / 2 - 0.1), round(spare_y / 2 - 0.1))
+        return Placement(width, height, inner, outer, round(spare_x / 2 - 0.1), round(spare_y / 2 - 0.1))
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) below which a picture would lose what the model could see."""
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
         inner = self.place(width, height).inner
         return min(inner[0], width), min(inner[1], height)
 
     def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
-        """The frame of a picture of width × height, no larger than it will be drawn."""
         inner = self.place(width, height).inner
         if frame.shape[1] <= inner[0] and frame.shape[0] <= inner[1]:
             return frame
         return cv2.resize(frame, inner, interpolation=cv2.INTER_LINEAR)
 
-    def draw(self, frame: np.ndarray, box: Box, canvas: np.ndarray) -> None:
-        """Lay `frame`, RGB uint8 (h, w, 3) of any scale, into `canvas`, uint8 (outer height, outer width, 3)."""
-        width, height = box.inner
+    def draw(self, frame: np.ndarray, placed: Placement, canvas: np.ndarray) -> None:
+        """Draw `frame`, RGB uint8 (h, w, 3) of any scale, on `canvas`, uint8 (outer height, outer width, 3)."""
+        width, height = placed.inner
+        if frame.shape[:2] != (height, width):
+            frame = cv2.resize(frame, placed.inner, interpolation=cv2.INTER_LINEAR)
         canvas[:] = GREY
-        part = canvas[box.top : box.top + height, box.left : box.left + width]
-        if frame.shape[:2] == (height, width):
-            part[:] = frame
-        else:
-            part[:] = cv2.resize(frame, box.inner, interpolation=cv2.INTER_LINEAR)
+        canvas[placed.top : placed.top + height, placed.left : placed.left + width] = frame
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The classifier's input: the shorter side scaled to imgsz, the middle cut out. imgsz: (height, width)."""
+    """A classifier's input: the shorter side scaled to imgsz, (height, width), and the centre cropped."""
 
     imgsz: tuple[int, int]
 
-    def place(self, width: int, height: int) -> Box:
-        return Box(width, height, (width, height), self.imgsz[::-1], 0, 0)
+    def place(self, width: int, height: int) -> Placement:
+        return Placement(width, height, (width, height), self.imgsz[::-1], 0, 0)
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
         scale = min(1.0, max(self.imgsz) / min(width, height))
         return math.ceil(width * scale), math.ceil(height * scale)
 
     def shrink(self, frame: np.ndarray, width: int, height: int) -> np.ndarray:
-        """As it is: torchvision's antialiased scaling, which the model was trained on, needs all of it."""
+        """Unchanged: torchvision's antialiased resizing, which the model was trained with, needs every pixel."""
         return frame

@@ -1,4 +1,4 @@
-"""Weights and exports → ultralytics' predictor, or one sentence that says why not."""
+"""Weights and exports → ultralytics' predictor, or a ModelError that says why not in one sentence."""
 
 import pickle
 import re
@@ -13,14 +13,13 @@ from shardsight.models.info import ModelError
 from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor
 
 _TASKS = "expected a YOLO for detect, segment, classify, pose or obb"
-_NO_MODEL = "holds no network of ultralytics, as a state_dict alone does not: give the checkpoint with the whole model"
+_NO_MODEL = "holds no network of ultralytics (a state_dict alone is not enough): give the whole model"
 
 
 def load(path: Path, imgsz: int | list[int] | None, device: int | str) -> BasePredictor:
     """The predictor that ultralytics itself would use, with its model loaded, fused and in fp32.
 
-    imgsz: the model's own by default. Raises ModelError, also for a model of which Shardsight would not give the
-    results that ultralytics gives.
+    imgsz: the model's own by default. Raises ModelError, also for models whose results would differ from ultralytics'.
     """
     try:
         predictor = _open(path, {"device": device} | ({"imgsz": imgsz} if imgsz else {}))
@@ -43,7 +42,7 @@ def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
         raise ModelError(f"{path} describes a network and holds no weights: give a .pt file or an export")
     if path.suffix.lower() == ".pt":
         _check_archive(path)
-        # ultralytics looks for another file where the name is yolov5n.pt, say, or the path has an apostrophe.
+        # Under another name: ultralytics replaces some, such as yolov5n.pt, and drops apostrophes from a path.
         with tempfile.TemporaryDirectory() as folder:
             link = Path(folder) / "model.pt"
             link.symlink_to(path.resolve())
@@ -60,19 +59,19 @@ def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
 
 
 def _check_archive(path: Path) -> None:
-    """torch does not look at the checksums, and damaged weights give answers that are merely wrong."""
+    """Checks the checksums, which torch does not: damaged weights would give wrong results without an error."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ModelError(f"{path} is damaged: its part {damaged} does not match its checksum; fetch it anew")
+                raise ModelError(f"{path} is damaged: its part {damaged} does not match its checksum; fetch it again")
 
 
 def _check_family(path: Path, yolo: YOLO, metadata: dict[str, Any]) -> None:
-    """Only what was compared with ultralytics: other families prepare pictures and read outputs differently."""
+    """Raises ModelError for families, such as RTDETR, whose preprocessing and outputs differ from YOLO's."""
     family = type(yolo).__name__
     if family == "YOLO" and "rtdetr" in str(metadata.get("description", "")).lower():
-        family = "RTDETR"  # an export of a release that did not yet write down its `head`
-    if family == "YOLO" and "fastsam" in path.stem.lower():  # as ultralytics' own command tells it
+        family = "RTDETR"  # an export by an older release, whose metadata lacks `head`
+    if family == "YOLO" and "fastsam" in path.stem.lower():  # by name, as ultralytics' command does
         family = "FastSAM"
     if family != "YOLO":
         raise ModelError(f"{path} is a model of the family {family}: {_TASKS}")
@@ -81,19 +80,19 @@ def _check_family(path: Path, yolo: YOLO, metadata: dict[str, Any]) -> None:
 
 
 def _check_size(path: Path, imgsz: int | list[int] | None, predictor: BasePredictor) -> None:
-    """ultralytics takes an export's own size without a word where another is asked for."""
+    """Raises ModelError for another size than an export's own, which ultralytics would silently use instead."""
     sides = [imgsz] * 2 if isinstance(imgsz, int) else imgsz
     if sides and predictor.model.format != "pt" and not getattr(predictor.model, "dynamic", False):
         height, width = predictor.imgsz
         if list(sides) != [height, width]:
             raise ModelError(
                 f"{path} was exported for {height},{width} pixels (height,width), not {sides[0]},{sides[1]}: "
-                "leave out --imgsz, or export it anew"
+                "leave out --imgsz, or export it again"
             )
 
 
 def _why_not(path: Path, error: Exception) -> str:
-    """The cause, without the advice of ultralytics to use another model."""
+    """The cause of what ultralytics raised, in one sentence, without its advice to use another model."""
     cause: BaseException = error
     while cause.__cause__:
         cause = cause.__cause__
@@ -105,7 +104,7 @@ def _why_not(path: Path, error: Exception) -> str:
     if isinstance(cause, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(cause))):
         return (
             f"{path} refers to {found[1]}, which is no class of ultralytics and could run any code: give a checkpoint "
-            "that ultralytics has saved, or set ULTRALYTICS_SAFE_LOAD=0 where you trust the file"
+            "that ultralytics has saved, or set ULTRALYTICS_SAFE_LOAD=0 if you trust the file"
         )
     if path.is_file() and not path.stat().st_size:
         return f"{path} is empty: give a .pt file or an export"

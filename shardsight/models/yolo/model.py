@@ -1,4 +1,4 @@
-"""YOLO: frames → detections, by ultralytics' own model and post-processing."""
+"""YOLO: frames → detections, with ultralytics' own model and post-processing."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 from shardsight.models.info import ModelDied, ModelError, computes_bf16
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
-from shardsight.models.yolo.letterbox import Box, CentreCrop, Letterbox
+from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
 from shardsight.row import Failure, frames_of
@@ -22,13 +22,15 @@ from shardsight.row import Failure, frames_of
 if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
 
+Item = tuple[int, np.ndarray, Placement]  # (row in the table, frame, where it lies in the model's input)
+
 
 class Yolo:
     """One YOLO for detect, segment, classify, pose or obb, as weights or as an export that ultralytics opens.
 
     model: path of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults to the
-    model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures that are computed at once; by default 64 on
-    a GPU, else 16. threads: of the CPU; all by default. Raises ModelError.
+    model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64 on a
+    GPU, else 16. threads: of the CPU; all by default. Raises ModelError.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Yolo:
         batch_size: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if not Path(model).exists():  # ultralytics would look for it on the net
+        if not Path(model).exists():  # ultralytics would try to download it
             raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
         if threads:
             torch.set_num_threads(threads)
@@ -62,15 +64,15 @@ class Yolo:
         self.end2end = native and bool(self.backend.end2end)
         self.compiles = native and not (cuda or classify or self.end2end)
         self.set_thresholds(conf, iou, max_det, classes)
-        self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export has its own precision inside
+        self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
         self.stopwatch = Stopwatch()
         if native and not self.compiles:
             self._cast()
 
     def set_thresholds(self, conf: float, iou: float, max_det: int, classes: Sequence[int] | None) -> None:
-        """For the calls from now on; as in ultralytics."""
+        """For the following calls; as in ultralytics."""
         vars(self.predictor.args).update(conf=conf, iou=iou, max_det=max_det, classes=classes and list(classes))
-        if self.end2end:  # the network itself picks so many, as ultralytics sets it, before classes are filtered
+        if self.end2end:  # such a network itself keeps the best max_det, before classes are filtered
             self.backend.model.set_head_attr(max_det=max(max_det, 300))
 
     def _cast(self) -> None:
@@ -78,7 +80,7 @@ class Yolo:
         network.to(self.dtype, memory_format=torch.channels_last)
         head = network.model[-1]
         if self.dtype != torch.float32 and hasattr(head, "_inference"):
-            # Pixels above 256 have no half in fp16, nor a whole in bf16: boxes are computed in fp32.
+            # Boxes are decoded in fp32: between 512 and 1024 pixels, fp16 has steps of 0.5 and bf16 of 4.
             if hasattr(head, "dfl"):
                 head.dfl.float()
             decode = head._inference
@@ -88,16 +90,16 @@ class Yolo:
 
     @functools.cached_property
     def compiled(self) -> "Compiled":
-        """On first use, as who only asks what a model is need not wait for it."""
+        """Compiled on first use: `inspect` does not need it."""
         from shardsight.models.yolo.openvino import Compiled
 
         return Compiled(self.backend.model, int(self.backend.stride), self.dtype, self.threads)
 
     def __call__(self, pictures: pa.Table | Picture | Sequence[Picture]) -> Any:
-        """Rows with FRAME columns → the same, with `detections` or `classes`, or with `error`.
+        """A table of rows with frames → the same table with `detections` or `classes`, or with `error`.
 
-        A picture, or a list of them, as encoded bytes, Pillow picture or RGB uint8 array (h, w, 3) → a list of rows as
-        dicts with the columns of ROW, one of each picture. Raises ModelDied; TypeError for what is no picture.
+        A picture, or a list of them, as encoded bytes, Pillow picture or RGB uint8 array (h, w, 3) → a list of dicts
+        with the columns of ROW, one per picture. Raises ModelDied; TypeError for other types.
         """
         if isinstance(pictures, pa.Table):
             return self._annotate(pictures)
@@ -105,11 +107,11 @@ class Yolo:
 
     def _annotate(self, table: pa.Table) -> pa.Table:
         began = self.stopwatch.now()
-        heights, widths = table["height"].to_pylist(), table["width"].to_pylist()
-        groups: dict[tuple[int, int], list[tuple[int, np.ndarray, Box]]] = defaultdict(list)
+        widths, heights = table["width"].to_pylist(), table["height"].to_pylist()
+        groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
         for index, frame in frames_of(table):
-            box = self.input.place(widths[index], heights[index])
-            groups[box.outer].append((index, frame, box))
+            placed = self.input.place(widths[index], heights[index])
+            groups[placed.outer].append((index, frame, placed))
         found: list[list[dict[str, Any]] | None] = [None] * len(table)
         errors = table["error"].to_pylist()
         for group in groups.values():
@@ -123,40 +125,39 @@ class Yolo:
         column = "classes" if self.task == "classify" else "detections"
         return with_results(table, "yolo", {column: found}, errors, computed, self.stopwatch.since(began))
 
-    def _outcomes(
-        self, items: list[tuple[int, np.ndarray, Box]]
-    ) -> Iterable[tuple[int, list[dict[str, Any]] | Failure]]:
-        """Of each picture what was found; where a batch fails, each picture is tried alone. Raises ModelDied."""
+    def _outcomes(self, items: list[Item]) -> Iterable[tuple[int, list[dict[str, Any]] | Failure]]:
+        """(row, what was found or why not) of each item. If a batch fails, each picture is tried alone.
+
+        Raises ModelDied.
+        """
+        indices, frames, placements = map(list, zip(*items, strict=True))
         try:
-            rows = self.predict([frame for _, frame, _ in items], [box for _, _, box in items])
-            return zip((index for index, _, _ in items), rows, strict=True)
+            return zip(indices, self.predict(frames, placements), strict=True)
         except Exception as error:
             if len(items) > 1:
                 return [outcome for item in items for outcome in self._outcomes([item])]
-            index, frame, box = items[0]
-            self._check_blank(frame, box)
-            return [(index, Failure.of(error))]
+            self._check_blank(frames[0], placements[0])
+            return [(indices[0], Failure.of(error))]
 
-    def _check_blank(self, frame: np.ndarray, box: Box) -> None:
-        """After an error of CUDA, say, everything fails until the process ends: a blank picture tells that it was not
-        the picture. Raises ModelDied."""
+    def _check_blank(self, frame: np.ndarray, placed: Placement) -> None:
+        """Raises ModelDied if a blank picture of that size fails too: after some CUDA errors, every call fails."""
         try:
-            self.predict([np.zeros_like(frame)], [box])
+            self.predict([np.zeros_like(frame)], [placed])
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             raise ModelDied(f"YOLO fails on a blank picture, too: {type(error).__name__}: {reason}") from error
 
-    def predict(self, frames: list[np.ndarray], boxes: list[Box]) -> list[list[dict[str, Any]]]:
-        """RGB uint8 frames (h, w, 3), of any scale, whose boxes share an outer size → rows of DETECTION or CLASS."""
+    def predict(self, frames: list[np.ndarray], placements: list[Placement]) -> list[list[dict[str, Any]]]:
+        """RGB uint8 frames (h, w, 3) of any scale, whose `outer` is the same → dicts of DETECTION or CLASS."""
         with torch.inference_mode():
             if isinstance(self.input, CentreCrop):
                 batch = torch.stack([self.predictor.transforms(Image.fromarray(frame)) for frame in frames])
             else:
-                width, height = boxes[0].outer
+                width, height = placements[0].outer
                 canvas = np.empty((len(frames), height, width, 3), np.uint8)
-                for frame, box, room in zip(frames, boxes, canvas, strict=True):
-                    self.input.draw(frame, box, room)
-                # (n, h, w, 3) in memory is channels-last (n, 3, h, w): no copy.
+                for frame, placed, slot in zip(frames, placements, canvas, strict=True):
+                    self.input.draw(frame, placed, slot)
+                # No copy: (n, h, w, 3) in memory is (n, 3, h, w) in the format channels_last.
                 batch = torch.from_numpy(canvas).permute(0, 3, 1, 2)
             if self.compiles:
                 outputs = self.compiled(canvas)
@@ -164,11 +165,11 @@ class Yolo:
                 batch = batch.to(self.predictor.device)
                 batch = batch.to(self.dtype).div_(255) if batch.dtype == torch.uint8 else batch.to(self.dtype)
                 outputs = self.backend(batch)
-            # ultralytics scales its results to the originals, of which it needs nothing but the shapes.
-            originals = [np.broadcast_to(np.uint8(0), (box.height, box.width, 3)) for box in boxes]
+            # ultralytics scales its results to the originals, of which it needs only the shapes.
+            originals = [np.broadcast_to(np.uint8(0), (placed.height, placed.width, 3)) for placed in placements]
             self.predictor.batch = [""] * len(frames), None, None
             results = self.predictor.postprocess(outputs, batch, originals)
-        return [rows_of(result, self.names, box) for result, box in zip(results, boxes, strict=True)]
+        return [rows_of(result, self.names, placed) for result, placed in zip(results, placements, strict=True)]
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""A YOLO network computed by OpenVINO, which takes a CPU less than half the time that torch takes.
+"""A YOLO network run by OpenVINO, which takes less than half of torch's time on a CPU.
 
-OpenVINO's own `convert_model` would say so to its maker's telemetry; the frontend below it does not.
+It is converted by OpenVINO's frontend, since `openvino.convert_model` sends telemetry.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 
 
 class Compiled:
-    """network: ultralytics' model, fused and in fp32, with a letterbox as its input; it is changed to its export form.
+    """network: ultralytics' model, fused and in fp32, for letterboxed input; it is switched to export mode.
 
-    stride: of the network; its input's sides are multiples of it. dtype: what it is computed in, where the CPU can.
-    Boxes are decoded in fp32 all the same, as OpenVINO keeps what follows the last convolution. threads: of the CPU.
+    stride: of the network; the input's height and width are multiples of it. dtype: of the computation, where the CPU
+    supports it; boxes are decoded in fp32, as OpenVINO keeps it after the last convolution. threads: of the CPU.
     """
 
     def __init__(self, network: torch.nn.Module, stride: int, dtype: torch.dtype, threads: int) -> None:
@@ -29,27 +29,27 @@ class Compiled:
         with torch.inference_mode(False), torch.no_grad():
             traced = torch.jit.trace(network, example, strict=False, check_trace=False)
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(traced, example_input=(example,))  # has to outlive the conversion
+        decoder = TorchScriptPythonDecoder(traced, example_input=(example,))  # must outlive the conversion
         model = frontend.convert(frontend.load(decoder))
         steps = ov.preprocess.PrePostProcessor(model)
         steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
         steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
         steps.input().model().set_layout(ov.Layout("NCHW"))
         hints = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "INFERENCE_NUM_THREADS": threads}
-        # A picture a thread: threads that share one wait for each other, and longest where others use the cores too.
+        # One picture per thread: threads that share a picture wait for each other, most of all on busy cores.
         hints |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads}
         self.queue = ov.AsyncInferQueue(ov.Core().compile_model(steps.build(), "CPU", hints), threads)
         self.queue.set_callback(self._keep)
-        self.found: dict[int, list[np.ndarray]] = {}
+        self.outputs: dict[int, list[np.ndarray]] = {}
 
     def __call__(self, frames: np.ndarray) -> Any:
-        """RGB uint8 (n, h, w, 3), sides multiples of the stride → a tensor, or a list where the task has several."""
+        """RGB uint8 (n, h, w, 3), h and w multiples of the stride → the network's output, or a list of several."""
         for index in range(len(frames)):
             self.queue.start_async({0: frames[index : index + 1]}, index, share_inputs=True)
         self.queue.wait_all()
-        parts = zip(*(self.found.pop(index) for index in range(len(frames))), strict=True)
+        parts = zip(*(self.outputs.pop(index) for index in range(len(frames))), strict=True)
         outputs = [torch.from_numpy(np.concatenate(part)) for part in parts]
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _keep(self, request: Any, index: int) -> None:
-        self.found[index] = [output.data.copy() for output in request.output_tensors]
+        self.outputs[index] = [output.data.copy() for output in request.output_tensors]

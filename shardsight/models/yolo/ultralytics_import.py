@@ -1,7 +1,7 @@
-"""What Shardsight uses of ultralytics, imported without what ultralytics does to the process that imports it.
+"""Imports ultralytics without its side effects: network access, pip, telemetry and changes of the environment.
 
-ultralytics reads its settings from the environment, once, when it is imported. They are set for that moment only, and
-what the user has set stays as it is. Where a program has imported ultralytics before, its own settings hold.
+ultralytics reads its settings from the environment when it is first imported. They are set during that import only, and
+do not override the user's. In a program that has imported ultralytics before, that program's settings remain.
 """
 
 import functools
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch  # reads OMP_NUM_THREADS, which ultralytics sets to 1, and has to see what the user wants
+import torch  # before ultralytics, which sets OMP_NUM_THREADS to 1
 
 _SETTINGS = {
-    "YOLO_OFFLINE": "true",  # no probe of the network, no download in place of a file that is missing
+    "YOLO_OFFLINE": "true",  # no check for a network, no download of a missing file
     "YOLO_AUTOINSTALL": "false",  # no pip install
     "YOLO_VERBOSE": "false",
-    "ULTRALYTICS_SAFE_LOAD": "1",  # weights are read without running code from their pickle
-    # Not the user's own, which many processes would write at the same time.
+    "ULTRALYTICS_SAFE_LOAD": "1",  # no code from a pickle is run
+    # Not the user's own folder, to which many processes would write at the same time.
     "YOLO_CONFIG_DIR": os.path.join(tempfile.gettempdir(), f"shardsight-{os.getuid()}"),
 }
 
@@ -40,7 +40,7 @@ def _environment() -> Iterator[None]:
 with _environment():
     from ultralytics.utils import SETTINGS, nms
 
-    dict.__setitem__(SETTINGS, "sync", False)  # no telemetry; ultralytics' own way would write it to the user's file
+    dict.__setitem__(SETTINGS, "sync", False)  # no telemetry; SETTINGS.update would write to a file
 
     from ultralytics import YOLO
     from ultralytics.engine.predictor import BasePredictor
@@ -56,10 +56,10 @@ __all__ = ["PREDICTORS", "YOLO", "BaseBackend", "BasePredictor", "Results", "nms
 
 PREDICTORS = (DetectionPredictor, SegmentationPredictor, ClassificationPredictor, PosePredictor, OBBPredictor)
 
-# torchvision's NMS, which ultralytics prefers to its own where it can; importing all of torchvision takes 6 s.
+# torchvision's NMS, as ultralytics uses it where torchvision is imported; importing all of torchvision takes 6 s.
 _torchvision = importlib.util.find_spec("torchvision")
 if _torchvision and _torchvision.origin:
     torch.ops.load_library(str(Path(_torchvision.origin).with_name("_C.so")))
     nms.TorchNMS.nms = staticmethod(torch.ops.torchvision.nms)
-# By default it gives up after 2 s and 50 ms a picture, and returns the pictures it did not reach as empty.
+# Without a time limit: by default, pictures not reached within 2 s and 50 ms per picture have no detections.
 nms.non_max_suppression = functools.partial(nms.non_max_suppression, max_time_img=math.inf)

@@ -1,4 +1,4 @@
-"""The models that a request names: what is known of each, what its class is started with, and what they all need."""
+"""The models that the settings select: what each is, the arguments for its class, and how to decode for them all."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from shardsight.models.yolo.info import YoloInfo
 from shardsight.settings import Models
 from shardsight.storage import Storage
 
-Lineup = dict[str, YoloInfo | PaliGemmaInfo]  # by `yolo`, `paligemma`, `paligemma 448`
+ModelInfos = dict[str, YoloInfo | PaliGemmaInfo]  # by name: `yolo`, `paligemma`, `paligemma 448`
 
 
-def known(settings: Models) -> Lineup:
-    """What is known of each model, in the order in which pictures meet them. Raises ModelError, UsageError."""
-    models: Lineup = {}
+def inspect(settings: Models) -> ModelInfos:
+    """What each model is, in the order in which pictures pass through them. Raises ModelError, UsageError."""
+    models: ModelInfos = {}
     if settings.yolo:
         models["yolo"] = yolo.inspect(settings.yolo, settings.imgsz)
     resolutions: dict[int, PaliGemmaInfo] = {}
@@ -38,25 +38,22 @@ def known(settings: Models) -> Lineup:
     return models
 
 
-def arguments(models: Lineup, settings: Models) -> dict[str, dict[str, Any]]:
-    """What each model's class is started with, by name."""
+def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]:
+    """The keyword arguments for each model's class, by the model's name."""
     found: dict[str, dict[str, Any]] = {}
     sizes = tuple(model.input.size for model in models.values() if isinstance(model, PaliGemmaInfo))
     for name, model in models.items():
-        if isinstance(model, PaliGemmaInfo):
-            own = paligemma.arguments(settings, model)
-            if len(sizes) > 1:
-                own["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
-        else:
-            own = yolo.arguments(settings, model)
-        found[name] = own
+        if isinstance(model, YoloInfo):
+            found[name] = yolo.arguments(settings, model)
+            continue
+        found[name] = paligemma.arguments(settings, model)
+        if len(sizes) > 1:
+            found[name]["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
     return found
 
 
-def load(models: Lineup, settings: Models, storage: Storage, keep_images: bool = False) -> Load:
-    """Reading and decoding, at the size that these models need."""
+def loader(models: ModelInfos, settings: Models, storage: Storage, keep_images: bool = False) -> Load:
+    """What reads and decodes pictures at the size that these models need."""
     inputs = tuple(model.input for model in models.values())
-    whole = settings.on == "regions"  # are cut out of the original
-    return Load(
-        storage, inputs[0] if len(inputs) == 1 else Largest(inputs), settings.scaled_decode and not whole, keep_images
-    )
+    scaled = settings.scaled_decode and settings.on != "regions"  # regions are cropped from the original
+    return Load(storage, inputs[0] if len(inputs) == 1 else Largest(inputs), scaled, keep_images)
