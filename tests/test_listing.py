@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsight.results.coverage import Coverage, hashes
+from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
 from shardsight.sources import InputError, Listing, pictures, read
 from shardsight.sources.units import resolve
@@ -54,6 +55,22 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert found.ignored == expected  # once, however many passes there are
     with pytest.raises(InputError, match=r"but 2 \.npy files"):
         listing(tmp_path / "*.npy").check()
+
+
+def test_results_that_are_named_are_refused(tmp_path: Path) -> None:
+    """Whatever they are called, as a job over them would end with one odd error row; a damaged file is still read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [b"A"]})
+    pq.write_table(table, tmp_path / "pictures.parquet")
+    pq.write_table(table.replace_schema_metadata({FOOTER: b"{}"}), tmp_path / "renamed.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(InputError, match=r"renamed\.parquet holds the results of a job"):
+        listing(tmp_path / "pictures.parquet", tmp_path / "renamed.parquet").check()
+    names = [tmp_path / f"{name}.parquet" for name in ("pictures", "damaged", "pipe")]
+    assert [unit.uri for unit in listing(*names).left(Coverage())] == [str(name) for name in names]
 
 
 def test_inputs_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

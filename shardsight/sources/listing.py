@@ -1,4 +1,7 @@
-"""Inputs → the units that are left. Nothing that is listed is opened, but lists, and what `--limit` has to count."""
+"""Inputs → the units that are left.
+
+Listing opens no files but lists, Parquet files that the user names, and shards whose records `--limit` counts.
+"""
 
 import glob
 import os
@@ -18,6 +21,7 @@ from shardsight.results.coverage import Coverage, Hashes, hashes, versions
 from shardsight.sources.files import AHEAD
 from shardsight.sources.kinds import LISTS, VIDEOS, kind_of, read
 from shardsight.sources.lists import read_list
+from shardsight.sources.parquet import is_results
 from shardsight.sources.tar import reason
 from shardsight.sources.units import InputError, Unit, absolute, printable, resolve
 from shardsight.sources.web import is_web
@@ -30,14 +34,14 @@ RESULTS = re.compile(r"/results/part-[0-9a-f]{24}\.parquet$")  # as results.writ
 
 @dataclass(frozen=True)
 class _Page:
-    """Loose files. names: compressed, as a million paths are 100 MB. hashes, versions: as Coverage has them."""
+    """Loose files. names: compressed, as a million paths take 100 MB. hashes, versions: as Coverage has them."""
 
     names: bytes
     hashes: np.ndarray
     versions: np.ndarray
 
     def select(self, which: np.ndarray) -> Iterator[tuple[str, str | None]]:
-        """(path or uri, version) of those chosen, bool (n,)."""
+        """(path or uri, version) of some files. which: bool (n,)."""
         names = pickle.loads(zlib.decompress(self.names))
         for index in np.flatnonzero(which).tolist():
             version = int(self.versions[index])
@@ -46,10 +50,10 @@ class _Page:
 
 @dataclass
 class Listing:
-    """What there is, listed once, when it is first asked for.
+    """The inputs' files, listed once, when they are first needed.
 
-    files: every loose file. units: the name of every tar and Parquet file. ignored: reason → how many files that were
-    found hold no pictures. exclude: prefix of the job's own output.
+    limit: on the number of records. exclude: prefix of the job's own output, which is not listed. files: every loose
+    file. units: the name of every tar and Parquet file. ignored: reason → how many of the files found hold no pictures.
     """
 
     inputs: list[str]
@@ -66,20 +70,20 @@ class Listing:
     _listed: bool = False
 
     def check(self) -> None:
-        """List. Raises InputError where an input holds nothing, or cannot be listed."""
+        """List. Raises InputError if an input holds no pictures or cannot be listed."""
         if self._listed:
             return
-        room = self.limit
+        remaining = self.limit
         inputs = iter(self.inputs)
-        entries = chain.from_iterable(map(self._begin, inputs))
-        while room != 0 and (batch := list(islice(entries, PAGE))):
-            room = self._add(batch, room)
-        for text in inputs:  # beyond the limit, but they must not be wrong
-            self._begin(text)
+        entries = chain.from_iterable(map(self._entries, inputs))
+        while remaining != 0 and (batch := list(islice(entries, PAGE))):
+            remaining = self._add(batch, remaining)
+        for text in inputs:  # beyond the limit, but still to be checked
+            self._entries(text)
         self._listed = True
 
     def changed(self, done: Coverage) -> tuple[set[str], np.ndarray]:
-        """Units, and hashes of loose files, that are done in another version than they have now. Raises InputError."""
+        """Units, and hashes of loose files, that are done, but have been written anew since. Raises InputError."""
         self.check()
         units = set()
         for name, unit in self._units.items():
@@ -90,60 +94,58 @@ class Listing:
         return units, np.concatenate([np.empty(0, "S16"), *files])
 
     def left(self, done: Coverage) -> Iterator[Unit]:
-        """The work that `done` lacks. Raises InputError."""
+        """The units, or parts of them, that are not done yet. Raises InputError."""
         self.check()
         for name, unit in self._units.items():
             if not done.complete(name):
                 yield replace(unit, skip=done.units[name].records if name in done.units else [])
         left = chain.from_iterable(page.select(~done.has(page.hashes)) for page in self._pages)
         while group := list(islice(left, GROUP)):
-            files, of = zip(*group, strict=True)
-            yield Unit("files", files=files, versions=of)
+            names, known = zip(*group, strict=True)
+            yield Unit("files", files=names, versions=known)
 
-    def _add(self, batch: list[Entry], room: int | None) -> int | None:
-        """Take up what is new, and no more than there is room for; returns what room is left."""
+    def _add(self, batch: list[Entry], remaining: int | None) -> int | None:
+        """Add the entries that are new, of at most `remaining` records; returns how many then remain."""
         loose = [entry for entry in batch if _kind(entry.uri) == "files"]
         found = hashes(printable(entry.uri) for entry in loose)
-        new = self.files.add(found, room)
-        room = None if room is None else room - int(new.sum())
+        new = self.files.add(found, remaining)
+        remaining = None if remaining is None else remaining - int(new.sum())
         if new.any():
             kept = [entry for entry, is_new in zip(loose, new.tolist(), strict=True) if is_new]
             names = zlib.compress(pickle.dumps([entry.uri for entry in kept]), 1)
             self._pages.append(_Page(names, found[new], versions(entry.version for entry in kept)))
         shards = {printable(entry.uri): entry for entry in batch if _kind(entry.uri) != "files"}
-        for name, entry in self._with_versions({n: e for n, e in shards.items() if n not in self._units}):
-            if room == 0:
-                break
-            unit = Unit(
-                _kind(entry.uri),
-                entry.uri,
-                uri_column=self.uri_column,
-                image_column=self.image_column,
-                folder=os.getcwd(),
-                version=entry.version,
-            )
-            if room is not None:
-                unit = replace(unit, stop=sum(1 for _ in islice(read(unit, self.storage, payload=False), room)))
-                room -= unit.stop or 0
-            self._units[name] = unit
-            self.units.append(name)
-        return room
-
-    def _with_versions(self, shards: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
-        """Of a list's entries in a store, which no listing has told, one request each."""
-
-        def ask(entry: Entry) -> Entry:
-            if entry.version or not is_remote(entry.uri):
-                return entry
-            try:
-                return self.storage.info(entry.uri)
-            except (FileNotFoundError, PermissionError, ValueError):  # its reader will say so
-                return entry
-
+        shards = {name: entry for name, entry in shards.items() if name not in self._units}
         with ThreadPoolExecutor(AHEAD) as pool:
-            yield from zip(shards, pool.map(ask, shards.values()), strict=True)
+            for name, entry in zip(shards, pool.map(self._with_version, shards.values()), strict=True):
+                if remaining == 0:
+                    break
+                unit = Unit(
+                    _kind(entry.uri),
+                    entry.uri,
+                    uri_column=self.uri_column,
+                    image_column=self.image_column,
+                    folder=os.getcwd(),
+                    version=entry.version,
+                )
+                if remaining is not None:
+                    count = sum(1 for _ in islice(read(unit, self.storage, payload=False), remaining))
+                    unit, remaining = replace(unit, stop=count), remaining - count
+                self._units[name] = unit
+                self.units.append(name)
+        return remaining
 
-    def _begin(self, text: str) -> Iterator[Entry]:
+    def _with_version(self, entry: Entry) -> Entry:
+        """Asks the store for the version of a list's entry, which no listing has given."""
+        if entry.version or not is_remote(entry.uri):
+            return entry
+        try:
+            return self.storage.info(entry.uri)
+        except (FileNotFoundError, PermissionError, ValueError):  # its reader will report it
+            return entry
+
+    def _entries(self, text: str) -> Iterator[Entry]:
+        """The files of an input. Raises InputError at once if there are none."""
         before = self.ignored.copy()
         entries = self._expand(absolute(text))
         first = next(entries, None)
@@ -158,9 +160,7 @@ class Listing:
             if self.storage.is_folder(uri):
                 yield from self._found(self.storage.walk(uri, hidden=True), uri)
             elif self.storage.exists(uri):
-                if uri.lower().endswith(VIDEOS):
-                    raise InputError(f"{uri} is a video, which this version cannot read: give pictures")
-                yield from self._of_list(uri) if uri.lower().endswith(LISTS) else [self.storage.info(uri)]
+                yield from self._named(uri)
             elif glob.has_magic(uri):
                 yield from self._matches(uri)
             else:
@@ -170,8 +170,16 @@ class Listing:
         except (OSError, ValueError, StorageError) as error:
             raise InputError(explain(uri, error)) from error
 
+    def _named(self, uri: str) -> Iterator[Entry]:
+        """A file that is itself an input, or lists inputs."""
+        if uri.lower().endswith(VIDEOS):
+            raise InputError(f"{uri} is a video, which this version cannot read: give pictures")
+        if kind_of(uri) == "parquet" and is_results(uri, self.storage):
+            raise InputError(f"{uri} holds the results of a job, which are no input: give the pictures themselves")
+        yield from self._of_list(uri) if uri.lower().endswith(LISTS) else [self.storage.info(uri)]
+
     def _found(self, entries: Iterable[Entry], root: str) -> Iterator[Entry]:
-        """What may hold pictures, of what was not named but found below `root`."""
+        """Those of the files found below a folder or prefix that may hold pictures; the others are counted."""
         for entry in entries:
             if (self.exclude and entry.uri.startswith(self.exclude)) or RESULTS.search(entry.uri):
                 self.ignored["results of Shardsight"] += 1
@@ -188,11 +196,11 @@ class Listing:
             entry = resolve(text, uri, folder)
             try:
                 yield Entry(entry, None, None) if "://" in entry else self.storage.info(entry)
-            except (OSError, ValueError):  # which reading it will say
+            except (OSError, ValueError):  # its reader will report it
                 yield Entry(entry, None, None)
 
     def _matches(self, uri: str) -> Iterator[Entry]:
-        """Of a glob."""
+        """Those of a glob."""
         fixed = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
         if is_remote(uri):
             pattern = re.compile(glob_translate(uri))
@@ -203,10 +211,10 @@ class Listing:
         for match in sorted(glob.iglob(uri, recursive=True)):
             if not os.path.isdir(match):
                 yield from self._found([self.storage.info(match)], fixed)
-            elif not uri.endswith("**"):  # which has matched what is in it, too
+            elif not uri.endswith("**"):  # which matches the files in it, too
                 yield from self._found(self.storage.walk(match, hidden=True), fixed)
 
 
 def _kind(uri: str) -> str:
-    """Of what is read in any case, be it by its ending no picture."""
+    """The kind of an input that is read whatever its ending."""
     return "files" if is_web(uri) else kind_of(uri) or "files"

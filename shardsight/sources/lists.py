@@ -13,18 +13,19 @@ from shardsight.sources.units import InputError
 from shardsight.storage import Storage
 
 URI_COLUMNS = ("uri", "url", "path", "file", "image")  # the first that is there
-_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\v\0"))  # that no text begins with
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\v\0"))  # characters that text files do not hold
 
 
 def read_list(uri: str, storage: Storage, column: str | None, ignored: "Counter[str]") -> Iterator[str]:
-    """The entries as they are written. Raises InputError where the list as a whole is none.
+    """The paths and uris as they are written.
 
-    Entries that are no path or uri, after one that is, are counted in `ignored`; empty lines are nothing.
+    Empty lines are skipped, and entries without a path or uri are counted in `ignored`. Raises InputError if the file
+    is no such list: not text, not in the format of its ending, or without a path or uri in its first entry.
     """
     with storage.open(uri) as file:
         head = file.read(1 << 12)
         file.seek(0)
-        # What is no UTF-8 may be a file's name all the same, which Linux has as bytes.
+        # surrogateescape, as file names in Linux are bytes, which need not be UTF-8.
         encoding = "utf-16" if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
         if encoding != "utf-16" and (head.translate(None, _CONTROL) != head or head.count(0) > len(head) // 10):
             raise InputError(f"{uri} is no text: write paths or uris, one a line, in UTF-8")
@@ -48,10 +49,10 @@ def read_list(uri: str, storage: Storage, column: str | None, ignored: "Counter[
 
 
 def _rows_of_csv(uri: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
-    """(line, row by column)"""
+    """(line number, row by column)"""
     reader = csv.DictReader(text, strict=True)
     while True:
-        limit = csv.field_size_limit(sys.maxsize)  # of the process, whose other readers must not notice
+        limit = csv.field_size_limit(sys.maxsize)  # applies to the whole process, and is therefore restored below
         try:
             row = next(reader, None)
         except csv.Error as error:
@@ -64,7 +65,7 @@ def _rows_of_csv(uri: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_of_json(uri: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
-    """(line, value), None where a line is not JSON after one that is."""
+    """(line number, value); the value is None for a line that is not JSON, unless it is the first."""
     begun = False
     for number, line in enumerate(text, 1):
         if not line.strip():

@@ -33,13 +33,22 @@ def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignor
     except Exception as error:
         raise Failure("NotParquet", f"not a Parquet file that can be read: {error}") from None
     if FOOTER in (parquet.metadata.metadata or {}):
-        raise Failure("ResultsOfShardsight", "what an earlier job wrote is no input: leave it out")
+        raise Failure("ResultsOfShardsight", "the results of a job are no input: leave this file out")
     field = _image_field(schema, unit)
     reader = _Reader(unit, storage, wanted, file, parquet, field)
     first = 0
     for group in range(parquet.num_row_groups):
         yield from reader.records(group, first)
         first += parquet.metadata.row_group(group).num_rows
+
+
+def is_results(uri: str, storage: Storage) -> bool:
+    """Whether a job has written a Parquet file; False for a file that cannot be read."""
+    try:
+        with ShardFile(uri, storage) as file:
+            return FOOTER in (pq.read_metadata(file).metadata or {})
+    except (Failure, pa.ArrowException, OSError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)

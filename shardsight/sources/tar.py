@@ -1,4 +1,4 @@
-"""Tars, plain or compressed: WebDataset's samples, of which each picture is a record."""
+"""Tars, plain or compressed, as WebDataset's samples: each picture is a record, the files beside it its metadata."""
 
 import json
 import posixpath
@@ -16,16 +16,16 @@ from shardsight.sources.metadata import dumps, plain
 from shardsight.sources.units import Record, Unit, Wanted, printable
 from shardsight.storage import Storage
 
-NEIGHBOURS = ("json", "txt", "cls")  # of a picture, that become its metadata
-MAX_NEIGHBOUR = 16 << 20  # bytes
+SIDECARS = ("json", "txt", "cls")  # endings of the files that become a sample's metadata
+MAX_SIDECAR = 16 << 20  # bytes
 
-# A sample's key and what follows its first dot: `dir/b.left.png` is `left.png` of `dir/b`.
+# A sample's key and suffix, which begins after the first dot: `dir/b.left.png` has the key `dir/b`.
 _SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignored: "Counter[str]") -> Iterator[Record]:
-    """Members of one key that follow each other are a sample; each of its pictures is a record with the sample's
-    metadata. Raises Failure where the archive cannot be read on."""
+    """Consecutive members of one key are a sample; each of its pictures is a record with the sample's metadata.
+    Raises Failure where the archive cannot be read further."""
     assert unit.uri is not None
     name = printable(unit.uri)
     names: set[int] = set()
@@ -37,15 +37,15 @@ def records(unit: Unit, file: ShardFile, storage: Storage, wanted: Wanted, ignor
             match = None if member.isdir() or member.isdev() else _SAMPLE.fullmatch(member.name)
             suffix = match[2].lower() if match else ""
             ending = suffix.rpartition(".")[2]
-            if not match or (f".{ending}" not in ENDINGS and ending not in NEIGHBOURS):
+            if not match or (f".{ending}" not in ENDINGS and ending not in SIDECARS):
                 ignored[_reason(member)] += 1
                 continue
             if match[1] != sample.key or suffix in sample.suffixes:
                 yield from sample.records()
                 sample = _Sample(ignored, match[1])
             sample.suffixes.add(suffix)
-            if ending in NEIGHBOURS:
-                sample.add_neighbour(suffix, archive, member, bool(sample.pictures) or wanted(position, None))
+            if ending in SIDECARS:
+                sample.add_sidecar(suffix, archive, member, bool(sample.pictures) or wanted(position, None))
                 continue
             id = f"{name}#{_unique(printable(member.name), names)}"
             record = Record(name, position, id, name)
@@ -67,13 +67,13 @@ class _Sample:
     key: str = ""
     suffixes: set[str] = field(default_factory=set)
     pictures: list[Record] = field(default_factory=list)
-    neighbours: "Counter[str]" = field(default_factory=Counter)
+    sidecars: "Counter[str]" = field(default_factory=Counter)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def add_neighbour(self, suffix: str, archive: Archive, member: Member, wanted: bool) -> None:
+    def add_sidecar(self, suffix: str, archive: Archive, member: Member, wanted: bool) -> None:
         ending = suffix.rpartition(".")[2]
-        if member.size > MAX_NEIGHBOUR:
-            self.ignored[f".{ending} files of more than {MAX_NEIGHBOUR >> 20} MiB"] += 1
+        if member.size > MAX_SIDECAR:
+            self.ignored[f".{ending} files of more than {MAX_SIDECAR >> 20} MiB"] += 1
             return
         if wanted:
             try:
@@ -83,24 +83,24 @@ class _Sample:
                     raise
                 self.ignored[f".{ending} files that cannot be read: {failure.type}"] += 1
                 return
-        self.neighbours[ending] += 1
+        self.sidecars[ending] += 1
 
     def records(self) -> Iterator[Record]:
         if not self.pictures:
-            for ending, count in self.neighbours.items():
+            for ending, count in self.sidecars.items():
                 self.ignored[f".{ending} files without a picture"] += count
         metadata = dumps(self.metadata) if self.metadata else None
         return (replace(record, metadata=metadata) for record in self.pictures)
 
 
 def _parse(text: str, ending: str) -> Any:
-    """A neighbour's content; its text where it is not what its ending says."""
+    """A sidecar's content; its text if it is not what its ending says."""
     try:
         if ending == "json":
             return plain(json.loads(text))
         if ending == "cls" and text.strip().isdecimal():
             return int(text)
-    except (ValueError, RecursionError):  # of numbers with thousands of digits and lists in thousands of lists, too
+    except (ValueError, RecursionError):  # also for numbers of thousands of digits and lists nested as deep
         pass
     return text
 
@@ -113,7 +113,7 @@ def _with_data(record: Record, archive: Archive, member: Member) -> Record:
 
 
 def _reason(member: Member) -> str:
-    """Why it is no record."""
+    """Why a member is no record."""
     if member.isdir():
         return "folders"
     if member.isdev():
@@ -122,7 +122,7 @@ def _reason(member: Member) -> str:
 
 
 def reason(name: str) -> str:
-    """To count by, why a file of this name holds no picture."""
+    """Why a file of this name is no picture, for counting."""
     if name.startswith("."):
         return "hidden files"
     ending = name.rpartition(".")[2].lower() if "." in name else ""
@@ -130,7 +130,7 @@ def reason(name: str) -> str:
 
 
 def _unique(name: str, seen: set[int]) -> str:
-    """A member's name; the second of that name in a tar becomes name#2. Hashes keep a million names small."""
+    """A member's name; the second of that name in a tar becomes name#2. seen: hashes, smaller than the names."""
     candidate, count = name, 1
     while (key := int.from_bytes(digest(candidate)[:8])) in seen:
         count += 1

@@ -17,9 +17,9 @@ from shardsight.sources.units import MAX_BYTES, too_large
 
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds before the second attempt, twice as many before each further one
-MAX_PAUSE = 30.0  # whatever Retry-After says
-TIMEOUT = (10.0, 30.0)  # seconds to connect, and without a byte
-MAX_SECONDS = 120.0  # of one answer
+MAX_PAUSE = 30.0  # seconds, even if Retry-After asks for more
+TIMEOUT = (10.0, 30.0)  # seconds to connect, and to wait for the next byte
+MAX_SECONDS = 120.0  # for a whole answer
 MAX_REDIRECTS = 5
 CHUNK = 1 << 16
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -28,7 +28,7 @@ _local = threading.local()
 
 
 class _Retry(Exception):
-    """Another attempt may do. failure: if it was the last. pause: that the server asks for, in seconds."""
+    """Another attempt may succeed. failure: for the last one. pause: seconds, as the server asks for."""
 
     def __init__(self, failure: Failure, pause: float = 0.0) -> None:
         self.failure, self.pause = failure, pause
@@ -39,10 +39,10 @@ def is_web(uri: str) -> bool:
 
 
 def fetch(uri: str) -> bytes:
-    """A picture's bytes, without cookies and without credentials but those in the uri itself.
+    """The content of a uri, requested without cookies, and without credentials but those in the uri itself.
 
-    Timeouts, broken connections and what a busy server answers are tried again with exponential backoff; then it is
-    a Failure, as one dead site must not stop a job.
+    Timeouts, broken connections and the answers of a busy server are retried with exponential backoff. Raises Failure
+    after that, as one site that is down must not stop a job.
     """
     pause = PAUSE
     for attempt in range(1, ATTEMPTS + 1):
@@ -57,10 +57,10 @@ def fetch(uri: str) -> bytes:
 
 
 def _session() -> requests.Session:
-    """One a thread, which keeps its connections."""
+    """One for each thread, which keeps its connections."""
     if not hasattr(_local, "session"):
         session = requests.Session()
-        session.trust_env = False  # which would send what ~/.netrc holds
+        session.trust_env = False  # it would send the credentials in ~/.netrc
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.headers["User-Agent"] = "shardsight"
         _local.session = session
@@ -90,7 +90,7 @@ def _get(uri: str) -> bytes:
 
 
 def _request(uri: str) -> requests.Response:
-    """Redirects are followed by hand, as a session sends cookies along with them."""
+    """Without following redirects, with which a session would send cookies."""
     verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
     proxies = get_environ_proxies(uri)
     return _session().get(uri, stream=True, timeout=TIMEOUT, proxies=proxies, verify=verify, allow_redirects=False)
@@ -124,7 +124,7 @@ def _body(response: requests.Response) -> bytes:
 
 
 def _retry_after(text: str) -> float:
-    """Seconds, of a header that holds these or a date."""
+    """Seconds to wait, of a header that holds them or a date."""
     if text.strip().isdecimal():
         return min(float(text), MAX_PAUSE)
     try:

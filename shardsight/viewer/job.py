@@ -1,4 +1,4 @@
-"""A job's results → its page: numbers, histograms, errors by kind, and some of its pictures."""
+"""The page of a job: its numbers, histograms of labels and scores, errors by kind, and some of its pictures."""
 
 import os
 from collections import Counter, defaultdict
@@ -21,10 +21,10 @@ from shardsight.viewer.page import page, thumbnail
 
 BINS = 20  # of scores from 0 to 1, as in viewer.js
 EXAMPLES = 5  # of each kind of error
-SIDE, SMALL_SIDE = 1024, 640  # pixels of a picture; the smaller where there are more than MANY
+SIDE, SMALL_SIDE = 1024, 640  # pixels of a picture; the smaller if there are more than MANY
 MANY = 100
-RETRY_SECONDS = 10.0  # for a store that does not answer: somebody waits for the page
-# Without masks and pictures, which are most of a file.
+RETRY_SECONDS = 10.0  # short, as somebody waits for the page
+# The columns that are counted, without masks and pictures, which make up most of a file.
 _COUNTED = ["id", "error", "classes"]
 _COUNTED += [f"detections.list.element.{name}" for name in ("label", "score")]
 _COUNTED += [f"answers.list.element.{name}" for name in ("prompt", "detections.list.element.label")]
@@ -37,8 +37,8 @@ def show(
     """Write the page of a job, finished or not, and return where.
 
     out: the job's output, a folder or a prefix in a store. target: the file to write; by default OUT/page.html, or
-    page.html in the current folder where OUT is in a store. count: pictures on the page, spread over all rows.
-    storage: options for fsspec, over those in job.json. Raises UsageError and StorageError.
+    page.html in the current folder if OUT is in a store. count: pictures on the page, evenly spread over all rows.
+    storage: options for fsspec, which override those in job.json. Raises UsageError and StorageError.
     """
     if count < 0:
         raise UsageError(f"--count {count}: expected 0 or more pictures")
@@ -62,7 +62,7 @@ def show(
 
 
 def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> dict[str, Any]:
-    """What page() takes, of a job's results."""
+    """The data for `page` of a job's results."""
     counts, files = _Counts(), []
     for path, *_ in storage.walk(Results(out, storage).folder):
         if path.endswith(".parquet"):
@@ -89,7 +89,10 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
 
 @dataclass
 class _Counts:
-    """found: (layer, label, bin of its score) → how many; bin -1 where there is no score."""
+    """found: (layer, label, bin of the score) → number of detections; the bin is -1 if there is no score.
+
+    layer: "detections", "classes" or "answer PROMPT".
+    """
 
     rows: int = 0
     found: Counter[tuple[str, str, int]] = field(default_factory=Counter)
@@ -97,7 +100,7 @@ class _Counts:
     examples: dict[tuple[str, str], list[dict[str, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def add_file(self, path: str, storage: Storage) -> np.ndarray:
-        """Count a results file; returns the numbers of its rows without an error, int64 (n,)."""
+        """Count the rows of a results file; returns the indices of those without an error, int64 (n,)."""
         good = []
         with storage.open(path) as file:
             first = 0
@@ -137,7 +140,7 @@ class _Counts:
             self.found[row["layer"], row["label"] or "(no label)", row["bin"]] += row["count_all"]
 
     def layers(self, prompts: list[str]) -> list[dict[str, Any]]:
-        """Of each layer the counts of its labels and scores, YOLO's first, then the prompts' in their order."""
+        """The labels and scores of each layer: YOLO first, then the prompts in their order."""
         asked = {f"answer {prompt}": prompt for prompt in prompts if prompt.startswith(("detect ", "segment "))}
         names = {"detections": "YOLO", "classes": "YOLO's best class"} | asked
         keys = {layer for layer, _, _ in self.found} | set(asked)
@@ -162,7 +165,7 @@ class _Counts:
 
 
 def _numbers(job: Mapping[str, Any], counts: _Counts) -> list[dict[str, Any]]:
-    """A running job has no totals yet: its rows and errors are then those that are there."""
+    """Rows and errors are those in the results so far; the totals of job.json exist once the job has ended."""
     errors = counts.errors.total()
     numbers: dict[str, tuple[str, bool | None]] = {}
     if "inputs" in job:
@@ -198,14 +201,14 @@ def _chosen(files: list[tuple[str, np.ndarray]], count: int, storage: Storage) -
 def _pictures(
     rows: list[dict[str, Any]], storage: Storage, side: int, image_column: str | None
 ) -> dict[str, dict[str, str | None]]:
-    """Of each row's id its `picture`, or the `problem` of it. Each tar and Parquet file is read once."""
+    """Row's id → its `picture`, or the `problem` with it. Each tar and Parquet file is read once."""
     found = {row["id"]: _shown(row["image"], side) for row in rows if row["image"] is not None}
-    for remote in (False, True):  # apart, as a store that cannot be reached costs its own pictures alone
+    for remote in (False, True):  # separately, as a store that fails must not cost the local pictures
         asked = [row for row in rows if row["id"] not in found and is_remote(row["uri"]) is remote]
         try:
             for id, data in pictures(asked, storage, image_column):
                 found[id] = _absent(data) if isinstance(data, Failure) else _shown(data, side)
-        except Exception as error:  # of the store
+        except Exception as error:  # of the store, as any other is a Failure
             reason = explain(asked[0]["uri"], error)
             found |= {row["id"]: _absent(reason) for row in asked if row["id"] not in found}
     return found

@@ -1,4 +1,4 @@
-"""Rows of any number of models → one HTML file that holds all it needs."""
+"""Rows of one or more models as one self-contained HTML file."""
 
 import base64
 import html
@@ -12,27 +12,28 @@ import numpy as np
 import simplejpeg
 from pydantic_core import to_json
 
-_SCRIPTS = ("picture.js", "viewer.js", "report.js")  # each needs those before it
+_SCRIPTS = ("picture.js", "viewer.js", "report.js")  # each uses those before it
 _IMPORT = re.compile(r'^import \{[^}]*\} from "[^"]+";\n', re.MULTILINE)
-# A page that shows what users wrote loads nothing from anywhere, whatever they wrote.
+# Nothing is loaded from elsewhere, even if a label or an answer should become markup.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """A self-contained page of what report.js shows.
+    """The page that report.js draws.
 
     data:
         title, subtitle: texts.
-        numbers: [{name, value, good}], good: whether the value is a good one, or None.
+        numbers: [{name, value, good}]. good: whether the value is a good one, or None if it is neither.
         errors: [{stage, type, count, examples: [{id, message}]}].
-        items: [{picture, problem, rows: [{model, row}]}], one a picture. picture: a data uri, or None and the problem
-            why. row: as in the results. Rows of several models stand side by side.
-        layers: [{key, name, labels: [[label, count]], scores: 20 counts}], for the histograms; by default the items'.
+        items: [{picture, problem, rows: [{model, row}]}], one for each picture. picture: a data uri, or None, and then
+            the problem says why. row: as in the results. Rows of several models are shown side by side.
+        layers: [{key, name, labels: [[label, count]], scores: 20 counts}], for the histograms; by default counted from
+            the items.
         note: a sentence above the pictures.
     """
     source = files(__package__)
     script = "\n".join(_IMPORT.sub("", source.joinpath(name).read_text("utf-8")) for name in _SCRIPTS)
-    # Within a script element only "<" can end it, or begin what hides its end.
+    # "<" could end the script element, or begin a comment that hides its end.
     rows = to_json(data, inf_nan_mode="null", bytes_mode="base64").decode().replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
