@@ -5,14 +5,9 @@ import signal
 import sys
 from typing import Any
 
-from rich.console import Console
-
-from shardsight import cluster
 from shardsight.errors import UsageError
-from shardsight.job import JobError, JobInterrupted, run
-from shardsight.progress import Progress, summary
-from shardsight.settings import help_text, parse
-from shardsight.viewer import job as viewer
+
+# The rest is imported by each command, in seconds during which an interrupt is already handled.
 
 COMMANDS = (
     "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], or shardsight show OUT; "
@@ -37,6 +32,8 @@ def annotate(arguments: list[str] | None = None, command: str = "python -m jobs.
     """Run the job as its command line says; returns the exit code of the contract: 0, 1, 2, 3 or 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
+        from shardsight.settings import help_text
+
         print(help_text(command))
         return 0
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -48,10 +45,18 @@ def annotate(arguments: list[str] | None = None, command: str = "python -m jobs.
         return 130
     finally:
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            if signal.getsignal(kind) is _interrupt:  # after an interrupt, further ones stay ignored until the exit
+                signal.signal(kind, handler)
 
 
 def _annotate(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from shardsight import cluster
+    from shardsight.job import JobError, JobInterrupted, run
+    from shardsight.progress import Progress, summary
+    from shardsight.settings import parse
+
     alone = not cluster.joined()
     try:
         settings = parse(arguments)
@@ -79,6 +84,8 @@ def _annotate(arguments: list[str]) -> int:
 
 def show(arguments: list[str] | None = None, command: str = "python -m jobs.show") -> int:
     """Write a job's page and print where it is; returns the exit code of the contract: 0 or 2."""
+    from shardsight.viewer import job as viewer
+
     parser = argparse.ArgumentParser(prog=command, description="A job's results as a page to look at.")
     parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
     parser.add_argument("--page", metavar="PATH", help="OUT/page.html by default; ./page.html where OUT is in a store")
@@ -98,7 +105,7 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
 
 
 def _interrupt(*_: Any) -> None:
-    """The first interrupt ends the job; what follows it must not stop its results from being written."""
+    """End the job; further interrupts are ignored, as they would stop its results from being written."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
     raise KeyboardInterrupt
