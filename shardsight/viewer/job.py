@@ -208,7 +208,7 @@ def _pictures(
         try:
             for id, data in pictures(asked, storage, image_column):
                 found[id] = _absent(data) if isinstance(data, Failure) else _shown(data, side)
-        except Exception as error:  # of the store, as any other is a Failure
+        except StorageError as error:
             reason = explain(asked[0]["uri"], error)
             found |= {row["id"]: _absent(reason) for row in asked if row["id"] not in found}
     return found
@@ -217,8 +217,8 @@ def _pictures(
 def _shown(data: bytes, side: int) -> dict[str, str | None]:
     try:
         return {"picture": thumbnail(decode(data, lambda width, height: (side, side))[0], side), "problem": None}
-    except Failure as failure:
-        return _absent(failure)
+    except Exception as error:  # of any kind, as in a job: it concerns this picture alone
+        return _absent(Failure.of(error))
 
 
 def _absent(reason: str | Failure) -> dict[str, str | None]:
