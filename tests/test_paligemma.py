@@ -104,6 +104,7 @@ def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
     same(in_answer, Reference(answer), long, LONG)
 
 
+@pytest.mark.slow
 def test_same_tokens_with_an_output_layer_of_its_own(tmp_path: Path) -> None:
     """Weights with an lm_head that is not the embedding, said so in config.json or not; or that is, as some trainers
     save it."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardsight.results.coverage import Coverage, Ranges
+from shardsight.results.coverage import Coverage, Ranges, UnitCoverage
 from shardsight.sources import InputError, Listing, Record, Unit, absolute, as_json, read
 from shardsight.storage import Storage
 from tests.conftest import place, write_tar
@@ -82,6 +82,15 @@ def test_listing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="video"):
         (tmp_path / "v.mp4").touch()
         listed(tmp_path / "v.mp4")
+
+
+def test_a_file_that_goes_away_ends_where_its_rows_end(tmp_path: Path) -> None:
+    """Deleted in the middle of a job, a shard must not leave the job waiting for rows that nobody can make."""
+    for skip, end in (([(0, 2)], 2), ([(0, 2), (4, 6)], 2), ([(3, 5)], 0), ([], 0)):
+        (record,) = records(tmp_path / "gone.tar", skip=skip)
+        assert (record.index, record.last) == (end, True) and record.failure
+        last = UnitCoverage(records=[(end, end + 1)], total=end + 1)
+        assert UnitCoverage.union([UnitCoverage(records=skip), last]).complete
 
 
 def test_done_units_are_not_listed(tmp_path: Path) -> None:

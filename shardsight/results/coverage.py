@@ -105,7 +105,9 @@ class UnitCoverage:
 
     @property
     def complete(self) -> bool:
-        return self.total is not None and self.records == [(0, self.total)]
+        # More are done than the total where the file became unreadable after some later records were done.
+        start, stop = self.records[0] if self.records else (0, 0)
+        return self.total is not None and start == 0 and stop >= self.total
 
     @property
     def rows(self) -> int:

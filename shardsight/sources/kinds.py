@@ -125,6 +125,8 @@ def _records(unit: Unit, storage: Storage, wanted: Wanted, ignored: "Counter[str
             return
     except Failure as found:
         failure = found
+    # At a place that is not done: a file that went away in the middle of a job ends where its rows end.
+    position = next((stop for start, stop in unit.skip if start <= position < stop), position)
     yield Record(name, position, name, name, failure=failure)
 
 
