@@ -1,5 +1,6 @@
 """The models' exceptions, and the precision that this machine supports."""
 
+import hashlib
 from pathlib import Path
 
 from shardsight.errors import UsageError
@@ -17,3 +18,8 @@ def computes_bf16() -> bool:
     """Whether this machine's CPU has instructions for bf16."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, sha256_of
 from shardsight.settings import Models
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -126,7 +126,7 @@ def _inspect(folder: str, adapter: str | None, state: tuple[Any, ...]) -> PaliGe
         if not weights:
             raise ModelError(f"{folder} holds no *.safetensors: save its weights in that format")
         _check_layers(path, config, weights)
-        files = {file.name: _sha256(file) for file in [*weights, *(path / name for name in _FILES)] if file.is_file()}
+        files = {file.name: sha256_of(file) for file in [*weights, *(path / name for name in _FILES)] if file.is_file()}
         return PaliGemmaInfo(
             path=folder,
             input=Square(size),
@@ -137,7 +137,7 @@ def _inspect(folder: str, adapter: str | None, state: tuple[Any, ...]) -> PaliGe
             length=int(text.get("max_position_embeddings", 8192)),
             window=text.get("sliding_window", 4096 if second else None),
             adapter=_adapter(adapter) if adapter else None,
-            files=files | {f"adapter/{name}": _sha256(Path(adapter, name)) for name in _ADAPTER if adapter},
+            files=files | {f"adapter/{name}": sha256_of(Path(adapter, name)) for name in _ADAPTER if adapter},
             sha256=hashlib.sha256(b"".join(bytes.fromhex(files[file.name]) for file in weights)).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -195,11 +195,6 @@ def shapes(file: Path) -> dict[str, list[int]]:
     with file.open("rb") as stream:
         header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
     return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cuda: bool) -> int:

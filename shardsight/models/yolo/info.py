@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, sha256_of
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 
@@ -62,7 +62,7 @@ def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> 
     if "error" in found:
         raise ModelError(found["error"])
     input = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
-    files = {name: _sha256(file) for name, file in _files(Path(path)).items()}
+    files = {name: sha256_of(file) for name, file in _files(Path(path)).items()}
     digests = b"".join(map(bytes.fromhex, files.values()))
     return YoloInfo(
         path=path,
@@ -80,11 +80,6 @@ def _files(path: Path) -> dict[str, Path]:
         return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
     companions = [path.with_name(name.format(path.name)) for name in _COMPANIONS.get(path.suffix.lower(), ())]
     return {file.name: file for file in (path, *companions) if file.is_file()}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe(path: str, imgsz: str) -> None:
