@@ -190,7 +190,7 @@ class _Run:
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
             **{"configuration": self.settings.record(), "versions": _versions()},
             "models": {
-                name: {"path": model.path, "sha256": model.sha256, "files": getattr(model, "files", {})}
+                name: {"path": model.path, "sha256": model.sha256, "files": model.files}
                 for name, model in self.models.items()
             },
         }
@@ -338,7 +338,7 @@ def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, 
         if then.get("sha256") != model.sha256:
             changed.setdefault(f"{name}'s sha256", (then.get("sha256"), model.sha256))
         # 0.1.0 knew the weights only.
-        old, new = then.get("files") or {}, getattr(model, "files", {})
+        old, new = then.get("files") or {}, model.files
         for file in sorted(old.keys() | new.keys()) if old else ():
             if old.get(file) != new.get(file):
                 changed.setdefault(f"{name}'s {file}", (old.get(file), new.get(file)))

@@ -24,8 +24,14 @@ def read(*inputs: str, storage: dict[str, str] | None = None) -> Dataset:
     one row a picture, with an `error` and no `frame` where it cannot be decoded. Raises UsageError."""
     store = Storage(storage or {})
     units = list(Listing(list(inputs), store).left(Coverage()))
-    work = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units])
-    return work.map_batches(Load(store), batch_size=1, batch_format="pyarrow")
+    return _blocks(units).map_batches(Load(store), batch_size=1, batch_format="pyarrow")
+
+
+def _blocks(units: list[Unit]) -> Dataset:
+    """A table of a unit each, in the column `unit`."""
+    return ray.data.from_items(
+        [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=min(len(units), 5000)
+    )
 
 
 def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
@@ -36,8 +42,7 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = Fal
     context.target_max_block_size = 64 << 10 if isolate else 32 << 20
     # Deaths are ignored: the driver sees in the footers what is missing. For other errors see isolate.only_deaths.
     context.max_errored_blocks = 0 if isolate else -1
-    work = [{"unit": pickle.dumps(unit)} for unit in units]
-    blocks = ray.data.from_items(work, override_num_blocks=min(len(work), 5000))
+    blocks = _blocks(units)
     # Of arguments that go in 2.64; the pinned release has no other way to bound its retries, which have no
     # end by default, where a record kills whatever process it is in.
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
