@@ -175,16 +175,16 @@ class S3:
 
 
 class Listener:
-    """A server that counts who comes. answer: what it says to all."""
+    """A server that counts who comes. statuses: what it answers in turn, the last of them from then on."""
 
-    def __init__(self, status: int = 200, location: str = "") -> None:
+    def __init__(self, *statuses: int, location: str = "") -> None:
         self.heard: list[str] = []
         listener = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.send_response(statuses[min(len(listener.heard), len(statuses) - 1)])
                 listener.heard.append(self.path)
-                self.send_response(status)
                 if location:
                     self.send_header("Location", location)
                 self.send_header("Content-Length", "0")

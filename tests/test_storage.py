@@ -114,21 +114,27 @@ def test_wrong_credentials_stop_the_job(s3: S3) -> None:
         Storage({"profile": "no-such-profile"}).read("s3://keys/x")
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "again"), [(503, Unavailable, True), (429, Unavailable, True), (500, Unavailable, True)]
-    + [(403, PermissionError, False), (400, Rejected, False), (501, Rejected, False)],
-)  # fmt: skip
-def test_transient_errors_are_retried(status: int, kind: type[Exception], again: bool) -> None:
-    """A request to a busy store is repeated until the time is up, one that the store refuses is not."""
-    server = Listener(status)
+@pytest.mark.parametrize("status", [503, 429, 500])
+def test_transient_errors_are_retried(status: int) -> None:
+    """A request to a busy store is repeated while there is time, and then raised."""
+    for seconds in (0.0, 60.0):
+        server = Listener(*[status] * 3, 200)
+        storage = Storage({"endpoint_url": server.url, "key": S3_KEY, "secret": S3_SECRET}, retry_seconds=seconds)
+        if seconds:
+            assert storage.read("s3://bucket/a.jpg") == b"" and len(server.heard) == 4
+        else:
+            with pytest.raises(Unavailable):
+                storage.read("s3://bucket/a.jpg")
+        server.close()
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (400, Rejected), (501, Rejected)])
+def test_refused_requests_are_not_retried(status: int, kind: type[Exception]) -> None:
+    server = Listener(status, 200)
     options = {"endpoint_url": server.url, "key": S3_KEY, "secret": S3_SECRET}
-    heard = []
-    for seconds in (0.0, 2.0):
-        before = len(server.heard)
-        with pytest.raises(kind):
-            Storage(options, retry_seconds=seconds).read("s3://bucket/a.jpg")
-        heard.append(len(server.heard) - before)
-    assert (heard[1] > heard[0]) == again
+    with pytest.raises(kind):
+        Storage(options, retry_seconds=60.0).read("s3://bucket/a.jpg")
+    assert len(server.heard) == 1
     server.close()
 
 
@@ -141,8 +147,8 @@ def test_an_unreachable_store_is_one_sentence() -> None:
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_redirects_are_not_followed(scheme: str) -> None:
     """A store must not make the job send requests, and credentials, to another host."""
-    elsewhere = Listener()
-    server = Listener(307, elsewhere.url + "/stolen")
+    elsewhere = Listener(200)
+    server = Listener(307, location=elsewhere.url + "/stolen")
     keys = {"key": S3_KEY, "secret": S3_SECRET} if scheme == "s3" else {"anon": "true"}
     with pytest.raises(Rejected, match="another address"):
         Storage({"endpoint_url": server.url, **keys}).read(f"{scheme}://bucket/a.jpg")

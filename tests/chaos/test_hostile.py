@@ -31,7 +31,7 @@ CORPUS = 2400
 @pytest.fixture(scope="module")
 def listener() -> Iterator[Listener]:
     """Where nobody is to come."""
-    listener = Listener()
+    listener = Listener(200)
     yield listener
     listener.close()
 
@@ -39,7 +39,7 @@ def listener() -> Iterator[Listener]:
 @pytest.fixture(scope="module")
 def store(listener: Listener) -> Iterator[Listener]:
     """A store that sends all who ask it to the listener."""
-    store = Listener(307, listener.url + "/stolen")
+    store = Listener(307, location=listener.url + "/stolen")
     yield store
     store.close()
 
