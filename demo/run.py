@@ -1,7 +1,7 @@
 """The whole flow on made-up scenes and two photographs: `make demo`, or `python -m demo.run OUT`.
 
-Writes shards with a handful of broken files among them, annotates them with both models in one pass, prints the
-accuracy against the scenes' truth, and leaves a page to look at.
+Writes shards with a handful of broken files among them, annotates them with both models in one pass, and follows shapes
+through clips. Prints the accuracy against the truth, and leaves pages to look at.
 """
 
 import importlib.util
@@ -15,13 +15,16 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
+from demo.clips import write_clips
 from demo.questions import DETECT_ALL
 from demo.scenes import Scene, scenes
-from demo.score import answer_figures, average_precision
+from demo.score import answer_figures, average_precision, tracks_of
 from demo.writers import jpeg, write
 from shardsight.cli import annotate, show
+from shardsight.measures.tracks import read_mot, scores
 
 SEED = 7
+CLIPS = 2
 EACH = 40  # scenes in the tars, in Parquet and in the folder
 PROMPTS = [
     *("caption en", "ocr", "answer en how many shapes are there", "answer en what shape is red"),
@@ -51,7 +54,23 @@ def main(arguments: list[str] | None = None) -> int:
     }.items():
         said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         print(f"{model} against the truth of {len(made)} scenes: {said}")
-    return show([str(results), "--page", str(out / "page.html")])
+    return show([str(results), "--page", str(out / "page.html")]) or _track(out)
+
+
+def _track(out: Path) -> int:
+    """Annotate made-up clips, tracked. Returns the exit code."""
+    clips, results = out / "clips", out / "tracked"
+    shutil.rmtree(clips, ignore_errors=True)
+    write_clips(CLIPS, SEED, clips)
+    command = [str(clips), "--output", str(results), "--yolo", str(WEIGHTS / "detect.pt"), "--track", "botsort"]
+    print(f"python -m jobs.annotate {shlex.join(command)}", flush=True)
+    if code := annotate([*command, "--overwrite"]):
+        return code
+    found = tracks_of(results / "results")
+    truth = {name: read_mot(clips / name / "gt" / "gt.txt", len(video)) for name, video in found.items()}
+    said = ", ".join(f"{name} {value:.3f}" for name, value in scores(truth, found).items())
+    print(f"Tracks against the truth of {CLIPS} clips: {said}")
+    return show([str(results), "--page", str(out / "tracks.html")])
 
 
 def photographs() -> list[Path]:

@@ -99,14 +99,16 @@ def scene(index: int, seed: int = 0) -> Scene:
     rng = np.random.default_rng([seed, index])
     width, height = SIZES[rng.integers(len(SIZES))]
     outlines = _place(rng, int(rng.integers(1, 9)), width, height)
-    image = _background(rng, width, height)
+    image = background(rng, width, height)
     shapes = []
     colours = rng.permutation(list(COLOURS)).tolist()  # no two alike, so that no outline is in doubt
-    stack = _stack(outlines, width, height)
-    for outline, colour, (whole, covered) in zip(outlines, colours, stack, strict=False):
-        _paint(image, outline.alpha(width, height), _surface(rng, colour, width, height))
+    stacked = stack(outlines, width, height)
+    for outline, colour, (whole, covered) in zip(outlines, colours, stacked, strict=False):
+        paint(image, outline.alpha(width, height), surface(rng, colour, width, height))
         mask = whole & ~covered
-        word = _print_word(rng, image, outline, mask, colour) if rng.random() < 0.8 else None
+        word = str(rng.choice(WORDS)) if rng.random() < 0.8 else None
+        if word and not print_word(word, image, outline, mask, colour):
+            word = None
         shapes.append(Shape(outline.kind, colour, word, mask, outline.keypoints(covered), outline.corners()))
     image += 3 * rng.standard_normal(image.shape, np.float32)
     image = np.clip(image, 0, 255).astype(np.uint8)
@@ -114,7 +116,9 @@ def scene(index: int, seed: int = 0) -> Scene:
 
 
 @dataclass(frozen=True)
-class _Outline:
+class Outline:
+    """A shape's place. centre, side: pixels. angle: radians, clockwise."""
+
     kind: str
     centre: tuple[float, float]
     side: float
@@ -183,37 +187,37 @@ def _polygons(kind: str) -> list[tuple[np.ndarray, int]]:
     return [(_OUTLINES[kind], 255), *hole]
 
 
-def _place(rng: np.random.Generator, count: int, width: int, height: int) -> list[_Outline]:
+def _place(rng: np.random.Generator, count: int, width: int, height: int) -> list[Outline]:
     """The larger lie behind the smaller, and of each at least half can be seen."""
     # Turned by 30 degrees at the most, so that a star's or a square's top is never in doubt.
     sides = sorted(rng.uniform(SMALLEST, min(LARGEST, 0.7 * min(width, height)), count), reverse=True)
-    placed: list[_Outline] = []
+    placed: list[Outline] = []
     for side in sides:
         for _ in range(30):
             kind = str(rng.choice(KINDS))
             angle = 0.0 if kind in ("circle", "ring") else rng.uniform(-np.pi / 6, np.pi / 6)
             reach = side * 0.5 * (abs(np.cos(angle)) + abs(np.sin(angle))) + 1
             centre = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
-            candidate = [*placed, _Outline(kind, centre, side, angle)]
-            stack = _stack(candidate, width, height)
-            if all((whole & covered).sum() <= 0.5 * whole.sum() for whole, covered in stack):
+            candidate = [*placed, Outline(kind, centre, side, angle)]
+            stacked = stack(candidate, width, height)
+            if all((whole & covered).sum() <= 0.5 * whole.sum() for whole, covered in stacked):
                 placed = candidate
                 break
     return placed
 
 
-def _stack(outlines: list[_Outline], width: int, height: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def stack(outlines: list[Outline], width: int, height: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each outline its pixels, and those that the outlines after it cover; bool (H, W)."""
-    stack: list[tuple[np.ndarray, np.ndarray]] = []
+    stacked: list[tuple[np.ndarray, np.ndarray]] = []
     covered = np.zeros((height, width), bool)
     for outline in reversed(outlines):
         whole = outline.alpha(width, height) >= 128
-        stack.append((whole, covered))
+        stacked.append((whole, covered))
         covered = covered | whole
-    return stack[::-1]
+    return stacked[::-1]
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Muted noise of three grains and a few lines, float32 (H, W, 3)."""
     image = np.tile(rng.uniform(80, 170) + rng.uniform(-20, 20, 3), (height, width, 1)).astype(np.float32)
     for cells, strength in ((3, 25), (12, 15), (60, 8)):
@@ -226,24 +230,22 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     return image
 
 
-def _surface(rng: np.random.Generator, colour: str, width: int, height: int) -> np.ndarray:
+def surface(rng: np.random.Generator, colour: str, width: int, height: int) -> np.ndarray:
     """A colour, slightly off and slightly shaded across the picture, float32 (H, W, 3)."""
     shade = cv2.resize(rng.normal(0, 8, (2, 2, 1)).astype(np.float32), (width, height))
     return np.array(COLOURS[colour], np.float32) + rng.normal(0, 6, 3).astype(np.float32) + shade[:, :, None]
 
 
-def _paint(image: np.ndarray, alpha: np.ndarray, surface: np.ndarray) -> None:
+def paint(image: np.ndarray, alpha: np.ndarray, colours: np.ndarray) -> None:
+    """Blend colours into the image, both float32 (H, W, 3), where alpha, uint8 (H, W), covers it."""
     x, y, width, height = cv2.boundingRect(alpha)
     part = np.s_[y : y + height, x : x + width]
     weight = alpha[part][:, :, None] / np.float32(255)
-    image[part] += weight * (surface[part] - image[part])
+    image[part] += weight * (colours[part] - image[part])
 
 
-def _print_word(
-    rng: np.random.Generator, image: np.ndarray, outline: _Outline, mask: np.ndarray, colour: str
-) -> str | None:
-    """Print a word over the middle; None where it would be unreadable or partly hidden."""
-    word = str(rng.choice(WORDS))
+def print_word(word: str, image: np.ndarray, outline: Outline, mask: np.ndarray, colour: str) -> bool:
+    """Print a word over the middle of a shape; False, and no change, where it would be unreadable or partly hidden."""
     font, room = cv2.FONT_HERSHEY_DUPLEX, {"square": 0.7, "circle": 0.7, "cross": 0.8}.get(outline.kind, 0.0)
     (w, h), _ = cv2.getTextSize(word, font, 1, 1)
     scale = min(room * outline.side / w, (0.28 if outline.kind == "cross" else 0.5) * outline.side / h)
@@ -251,9 +253,9 @@ def _print_word(
     x, y = outline.centre[0] - w / 2, outline.centre[1] - h / 2
     area = mask[int(y - 2) : int(y + h + 3), int(x - 2) : int(x + w + 3)]
     if h < 9 or not area.size or area.mean() < 0.98:
-        return None
-    ink = np.full_like(image, 250 if np.mean(COLOURS[colour]) < 128 else 15)
+        return False
+    ink = np.broadcast_to(np.float32(250 if np.mean(COLOURS[colour]) < 128 else 15), image.shape)
     stencil = np.zeros(mask.shape, np.uint8)
     cv2.putText(stencil, word, (round(x), round(y + h)), font, scale, 255, max(1, round(scale * 1.5)), cv2.LINE_AA)
-    _paint(image, stencil, ink)
-    return word
+    paint(image, stencil, ink)
+    return True

@@ -3,9 +3,11 @@
 import contextlib
 import io
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset as ds
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -13,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from demo.questions import expected, seen
 from demo.scenes import KINDS, Scene
 from demo.writers import coco, coco_rle
+from shardsight.measures.tracks import Frame, Video
 
 
 def average_precision(
@@ -88,3 +91,15 @@ def _best_overlaps(truth: list[dict[str, Any]], found: list[dict[str, Any]]) -> 
 def rle_of(mask: dict[str, Any]) -> dict[str, Any]:
     """A row's `mask` → what pycocotools takes."""
     return {"size": [mask["height"], mask["width"]], "counts": mask["counts"].encode()}
+
+
+def tracks_of(results: Path) -> dict[str, Video]:
+    """A job's Parquet files → the tracks in each video, by its file's name without ending. What has no `track_id` is on
+    none, and a frame with an error has none."""
+    rows = ds.dataset(results, format="parquet").to_table(columns=["uri", "frame_index", "detections"]).to_pylist()
+    videos: dict[str, list[Frame]] = {}
+    for row in sorted(rows, key=lambda row: (row["uri"], row["frame_index"] or 0)):
+        found = [one for one in row["detections"] or [] if one["track_id"] is not None]
+        boxes = [[one[side] for side in ("x1", "y1", "x2", "y2")] for one in found]
+        videos.setdefault(Path(row["uri"]).stem, []).append(([one["track_id"] for one in found], boxes))
+    return dict(videos)

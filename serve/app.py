@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 import shardsight
 from serve import chat, tensors
-from serve.arguments import Arguments, Body, Options
-from serve.guard import Guard, digest
-from serve.pictures import FIELD
+from serve.arguments import Arguments, Body, Options, VideoBody, VideoOptions
+from serve.guard import ANNOTATE, Guard, digest
+from serve.pictures import FIELDS
 from serve.problem import Problem, server_error
 from serve.service import Gateway, PaliGemmaReplica, YoloReplica
 from shardsight.actors import gpu_memory
@@ -38,11 +38,15 @@ _DOCS = """<!doctype html>
 <link rel="stylesheet" href="docs/swagger-ui.css"><script src="docs/swagger-ui-bundle.js"></script>
 <script src="page/docs.js"></script></head><body><div id="swagger-ui"></div></body></html>
 """
+_OPTIONS = (
+    "Options are fields of the form or of the JSON, or of the query; `prompt` and `classes` may be repeated. Bodies "
+    "may be packed with gzip or deflate."
+)
 _REFUSALS = {
     401: "No valid key",
-    413: "Too many bytes, or pixels",
-    415: "Not a picture, or a kind of body that is not supported",
-    422: "A damaged picture, or a wrong option",
+    413: "Too many bytes or pixels, or frames or seconds of a video",
+    415: "No picture or video, or a kind of body that is not supported",
+    422: "A damaged picture or video, one without frames, or a wrong option",
     429: "Too many requests; try again after Retry-After seconds",
     503: "The model has failed and is being restarted",
     504: "No answer within the deadline",
@@ -57,7 +61,8 @@ def app(arguments: Arguments) -> serve.Application:
     keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",") if key.strip()]
     cores = os.cpu_count() or 1
     handles: dict[str, Any] = {}
-    for name, own in selection.arguments(models, arguments).items():
+    untracked = arguments.model_copy(update={"track": None})  # a replica makes a tracker for each video
+    for name, own in selection.arguments(models, untracked).items():
         yolo = name == "yolo"
         # PaliGemma's OpenMP threads wait for each other in busy loops: they must leave cores to YOLO.
         own["threads"] = cores if len(models) == 1 or yolo else max(1, cores // 2)
@@ -109,25 +114,31 @@ def asgi(gateway: Gateway) -> Guard:
 
 
 def _annotate(api: FastAPI, gateway: Gateway) -> None:
-    body = {"schema": Body.model_json_schema(ref_template="#/components/schemas/{model}")}
-    picture = {"type": "string", "format": "binary"}
-    options = Options.model_json_schema()["properties"]
-    form = {"type": "object", "properties": options | {FIELD: picture}, "required": [FIELD]}
-    content = {"multipart/form-data": {"schema": form}, "application/json": body}
-    content |= {kind: {"schema": picture} for kind in ("image/jpeg", "image/png", "application/octet-stream")}
+    bodies = [kind.model_json_schema(ref_template="#/components/schemas/{model}") for kind in (Body, VideoBody)]
+    file = {"type": "string", "format": "binary"}
+    options = VideoOptions.model_json_schema()["properties"]
+    form: dict[str, Any] = {"type": "object", "properties": options | dict.fromkeys(FIELDS, file)}
+    form["oneOf"] = [{"required": [field]} for field in FIELDS]
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": {"oneOf": bodies}}}
+    kinds = ("image/jpeg", "image/png", "application/octet-stream", "video/mp4", "video/webm")
+    content |= {kind: {"schema": file} for kind in kinds}
     query = [{"name": name, "in": "query", "schema": schema} for name, schema in options.items()]
+    of_videos = ", ".join(name for name in options if name not in Options.model_fields)
+    limits = gateway.arguments
 
     @api.post(
-        "/v1/annotate",
-        summary="One picture → its row",
-        description="Options are fields of the form or of the JSON, or of the query; `prompt` and `classes` may be "
-        "repeated. Bodies may be packed with gzip or deflate. Videos are not annotated here.",
+        ANNOTATE,
+        summary="One picture → its row; a short video → {rows: [a row per frame]}",
+        description=f"{_OPTIONS} Of videos: {of_videos}. A video lasts {limits.max_video_seconds:g} s and has "
+        f"{limits.max_frames} frames to annotate at most. If one is damaged, the refusal has the others' `rows`.",
         openapi_extra={"requestBody": {"required": True, "content": content}, "parameters": query},
         responses={status: {"description": text} for status, text in _REFUSALS.items()},
     )
     async def annotate(request: Request) -> JSONResponse:
-        name, data, options = await gateway.pictures.of(request)
-        return JSONResponse(await gateway.row(name, data, options))
+        asked = await gateway.pictures.of(request)
+        if isinstance(asked.options, VideoOptions):
+            return JSONResponse({"rows": await gateway.rows(asked.name, asked.data, asked.options)})
+        return JSONResponse(await gateway.row(asked.name, asked.data, asked.options))
 
 
 def _pages(api: FastAPI) -> None:

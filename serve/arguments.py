@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve.problem import MAX_BODY_BYTES, Problem
+from shardsight.models.yolo.trackers import TRACKERS, tracker_settings
 from shardsight.settings import Class, Models
 from shardsight.storage import is_remote
 
@@ -30,7 +31,11 @@ class Arguments(Models):
     """What `serve run` and config.yaml may set. Those of the job are the defaults of a request's options."""
 
     max_bytes: int = Field(20 << 20, ge=1, le=MAX_BODY_BYTES, description="of a request's body, also when unpacked")
-    max_pixels: int = Field(50_000_000, ge=1, description="of a picture, checked before it is decoded")
+    max_pixels: int = Field(50_000_000, ge=1, description="of a picture or frame, checked before it is decoded")
+    max_video_bytes: int = Field(48 << 20, ge=1, le=MAX_BODY_BYTES, description="the same, of a video's request")
+    max_video_seconds: float = Field(30, gt=0, description="of a video")
+    max_frames: int = Field(300, ge=1, description="of a video that are annotated, after fps, every or keyframes")
+    max_videos: int = Field(4, ge=1, description="videos processed at once; further ones get 429")
     deadline: float = Field(60, gt=0, description="seconds for the request to arrive and the answer to be sent")
     max_concurrent: int = Field(128, ge=1, description="requests processed at once; further ones get 429")
     allowed_prefixes: list[str] = Field([], description="s3:// prefixes whose pictures may be asked for by uri")
@@ -58,6 +63,13 @@ class Arguments(Models):
                 raise ValueError(f"{origin}: expected http://HOST[:PORT] or https://HOST[:PORT], without a path")
         return found
 
+    @model_validator(mode="after")
+    def _tracker(self) -> Self:
+        """Raises UsageError."""
+        if self.track:
+            tracker_settings(self.track, self.track_config)
+        return self
+
     @field_validator("root_path")
     @classmethod
     def _root_path(cls, value: str) -> str:
@@ -76,7 +88,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    conf: float = _of_the_job("conf")
+    conf: float | None = _of_the_job("conf")
     iou: float = _of_the_job("iou")
     max_det: int = _of_the_job("max_det")
     classes: list[Class] | None = _of_the_job("classes")
@@ -88,6 +100,37 @@ class Options(BaseModel):
     _numbers = field_validator("classes", mode="before")(Models._numbers.__func__)  # type: ignore[attr-defined]
     _prompt = field_validator("prompt")(Models._prompt.__func__)  # type: ignore[attr-defined]
 
+    @property
+    def thresholds(self) -> tuple[float, float, int, tuple[int, ...] | None]:
+        """(conf, iou, max_det, classes), as in ultralytics, with the job's default of conf."""
+        tracks = isinstance(self, VideoOptions) and self.track
+        conf = (0.1 if tracks else 0.25) if self.conf is None else self.conf
+        return conf, self.iou, self.max_det, None if self.classes is None else tuple(self.classes)
+
+
+class VideoOptions(Options):
+    """The same of a video, and which of its frames."""
+
+    fps: float | None = _of_the_job("fps")
+    every: int | None = _of_the_job("every")
+    keyframes: bool = _of_the_job("keyframes")
+    track: str | None = Field(
+        None, description="keep identities through the video", json_schema_extra={"enum": list(TRACKERS)}
+    )
+
+    @field_validator("track")
+    @classmethod
+    def _track(cls, value: str | None) -> str | None:
+        if value is not None and value not in TRACKERS:
+            raise ValueError(f"there is no tracker {value[:40]}: choose from {', '.join(TRACKERS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_sampling(self) -> Self:
+        if sum(map(bool, (self.fps, self.every, self.keyframes))) > 1:
+            raise ValueError("fps, every and keyframes each say which frames of a video: give one of them")
+        return self
+
 
 class Body(Options):
     """A picture by name, as JSON."""
@@ -97,12 +140,20 @@ class Body(Options):
     )
 
 
+class VideoBody(VideoOptions):
+    """A video by name, as JSON."""
+
+    video: str = Field(description="a data: uri with the encoded video, or an s3:// uri under an allowed prefix")
+
+
 SomeOptions = TypeVar("SomeOptions", bound=Options)
+_SAMPLING = {"fps", "every", "keyframes"}
 
 
 def options(arguments: Arguments, kind: type[SomeOptions], given: dict[str, Any]) -> SomeOptions:
     """A request's options, with the server's settings as defaults. Raises Problem."""
-    found = checked(kind, arguments.model_dump(include=set(Options.model_fields)) | given)
+    names = set(kind.model_fields) - (_SAMPLING if _SAMPLING & set(given) else set())
+    found = checked(kind, arguments.model_dump(include=names) | given)
     if found.max_tokens > arguments.max_tokens:
         raise Problem(422, f"max_tokens: at most {arguments.max_tokens} on this server, not {found.max_tokens}")
     return found

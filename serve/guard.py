@@ -36,9 +36,10 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
     # Swagger UI, at /docs, has inline styles.
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
 }
+ANNOTATE = "/v1/annotate"  # takes videos, too
 # Served without a key: what a browser loads before a key can be typed in, and health checks.
 OPEN = ("/", "/healthz", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 OPEN_BELOW = ("/page/", "/viewer/", "/docs/")
@@ -55,8 +56,9 @@ def digest(key: str) -> bytes:
 class Guard:
     """Around the application. keys: digests of valid keys; without any, only this machine is served.
 
-    Of `limits` it enforces max_bytes, deadline, max_concurrent, allowed_origins and root_path. A request counts as
-    processed once its body has arrived, so that slow senders do not block others. routes: of the application.
+    Of `limits` it enforces max_bytes or max_video_bytes, deadline, max_concurrent, allowed_origins and root_path. A
+    request counts as processed once its body has arrived, so that slow senders do not block others. routes: of the
+    application.
     """
 
     def __init__(self, app: ASGIApp, limits: Arguments, keys: Sequence[bytes], routes: Sequence[BaseRoute]) -> None:
@@ -75,7 +77,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         path, scope = self._rooted(scope)
-        call = _Call(scope, path, receive, send, self.limits.max_bytes)
+        of_video = self.limits.max_video_bytes if path == ANNOTATE else 0
+        call = _Call(scope, path, receive, send, max(self.limits.max_bytes, of_video))
         deadline = self.limits.deadline
         try:
             async with asyncio.timeout(deadline):

@@ -1,9 +1,10 @@
-"""A request's picture: the forms in which it may come, and its decoding as in the job."""
+"""A request's picture or video: the forms in which it may come; and the decoding of pictures as in the job."""
 
 import asyncio
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -13,7 +14,7 @@ from starlette.datastructures import FormData, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from serve.arguments import Arguments, Body, Options, json_object, options
+from serve.arguments import Arguments, Body, Options, VideoBody, VideoOptions, json_object, options
 from serve.problem import Problem, too_large
 from shardsight.decode.pictures import MAX_PIXELS, stored_size
 from shardsight.models import selection
@@ -23,59 +24,95 @@ from shardsight.row import ROW, frame_of
 from shardsight.sources import Record
 from shardsight.storage import Storage, is_remote
 
-FIELD = "image"
+IMAGE, VIDEO = FIELDS = "image", "video"
 LISTS = ("prompt", "classes")  # the options that may be given several times
-# By the error type of decoding; every other type is a damaged picture, 422.
-_STATUS = {"NotAnImage": 415, "TooManyPixels": 413}
+# By the error type of decoding; every other type is a damaged picture or video, 422.
+STATUS = {"NotAnImage": 415, "NotAVideo": 415, "TooManyPixels": 413, "TooManySeconds": 413, "TooManyFrames": 413}
 _ACCEPTED = (
-    f"send multipart/form-data with a file named '{FIELD}', the picture's bytes with a content-type of image/jpeg, "
-    f"image/png, … or application/octet-stream, or application/json with an '{FIELD}'"
+    f"send multipart/form-data with a file named '{IMAGE}' or '{VIDEO}', a picture's bytes with a content-type of "
+    f"image/jpeg, image/png, … or application/octet-stream, a video's with one of video/mp4, …, or application/json "
+    f"with an '{IMAGE}' or a '{VIDEO}'"
 )
-_NO_VIDEO = "videos are not annotated here: send single pictures, or give the video's frames to the job"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A picture, or with VideoOptions a video: its name, its bytes and how it is processed."""
+
+    name: str
+    data: bytes
+    options: Options
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Reads and decodes the pictures of requests. storage: of those given by uri."""
+    """Reads the pictures and videos of requests, and decodes pictures. storage: of those given by uri."""
 
     arguments: Arguments
     storage: Storage
 
-    async def of(self, request: Request) -> tuple[str, bytes, Options]:
-        """(name of the picture, its bytes, options of query and body). Raises Problem."""
+    async def of(self, request: Request) -> Asked:
+        """What a request asks about, with the options of its query and body. Raises Problem."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         query = _values(request.query_params)
         if kind == "multipart/form-data":
-            name, data, given = await _form(request)
-            return name, data, options(self.arguments, Options, _joined(query, given))
+            async with _form(request) as (form, field):
+                return await self._uploaded(form, field, query)
         if kind == "application/json":
-            asked = options(self.arguments, Body, _joined(query, json_object(await request.body())))
-            return *await self.fetch(asked.image), asked
+            given = _joined(query, json_object(await request.body()))
+            if VIDEO in given and IMAGE not in given:
+                video = options(self.arguments, VideoBody, given)
+                return Asked(*await self.fetch(video.video, VIDEO), video)
+            picture = options(self.arguments, Body, given)
+            return Asked(*await self.fetch(picture.image), picture)
         if kind.startswith("image/") or kind == "application/octet-stream":
-            return "picture", await request.body(), options(self.arguments, Options, query)
+            data = self._limited(await request.body(), IMAGE)
+            return Asked("picture", data, options(self.arguments, Options, query))
         if kind.startswith("video/"):
-            raise Problem(415, _NO_VIDEO)
+            return Asked("video", await request.body(), options(self.arguments, VideoOptions, query))
         raise Problem(415, f"{kind or 'a body without a content-type'} is not read here: {_ACCEPTED}")
 
-    async def fetch(self, image: str) -> tuple[str, bytes]:
-        """(name, bytes) of a data uri, or of a picture under an allowed prefix. Raises Problem."""
-        if image[:5].lower() == "data:":
-            return "data:", _decode_data_uri(image)
-        plain = is_remote(image) and not any(part in (".", "..") for part in image.split("/"))
-        if not (plain and image.startswith(tuple(self.arguments.allowed_prefixes))):
-            forms = "a data: uri (data:image/jpeg;base64,…), or an s3:// uri under a prefix that this server allows"
-            raise Problem(422, f"image: expected {forms}")
-        limit = self.arguments.max_bytes
+    async def _uploaded(self, form: FormData, field: str, query: dict[str, Any]) -> Asked:
+        """The file of a form. Raises Problem."""
+        upload = form[field]
+        assert isinstance(upload, UploadFile)
+        if (upload.size or 0) > self._limit(field):
+            raise too_large(self._limit(field))
+        # With ? for lone surrogates, which a form in UTF-7 can have and JSON in UTF-8 cannot.
+        name = (upload.filename or ("picture" if field == IMAGE else "video")).encode(errors="replace").decode()
+        given = _joined(query, _values(FormData([one for one in form.multi_items() if one[0] != field])))
+        asked = options(self.arguments, Options if field == IMAGE else VideoOptions, given)
+        return Asked(name, await upload.read(), asked)
+
+    def _limit(self, field: str) -> int:
+        return self.arguments.max_bytes if field == IMAGE else self.arguments.max_video_bytes
+
+    def _limited(self, data: bytes, field: str) -> bytes:
+        if len(data) > self._limit(field):
+            raise too_large(self._limit(field))
+        return data
+
+    async def fetch(self, uri: str, field: str = IMAGE) -> tuple[str, bytes]:
+        """(name, bytes) of a data uri, or of a picture or video under an allowed prefix. Raises Problem."""
+        if uri[:5].lower() == "data:":
+            return "data:", self._limited(_decode_data_uri(uri), field)
+        plain = is_remote(uri) and not any(part in (".", "..") for part in uri.split("/"))
+        if not (plain and uri.startswith(tuple(self.arguments.allowed_prefixes))):
+            kind = "image/jpeg" if field == IMAGE else "video/mp4"
+            forms = f"a data: uri (data:{kind};base64,…), or an s3:// uri under a prefix that this server allows"
+            raise Problem(422, f"{field}: expected {forms}")
+        limit = self._limit(field)
+        what = "picture" if field == IMAGE else field
         try:
-            size = await asyncio.to_thread(self.storage.size, image)
-            picture = await asyncio.to_thread(self.storage.read, image) if size <= limit else b""
+            size = await asyncio.to_thread(self.storage.size, uri)
+            data = await asyncio.to_thread(self.storage.read, uri) if size <= limit else b""
         except (FileNotFoundError, PermissionError, IsADirectoryError, Rejected):
-            raise Problem(422, "there is no picture of that name that this server may read") from None
+            raise Problem(422, f"there is no {what} of that name that this server may read") from None
         except StorageError:
-            raise Problem(503, "the store of the picture cannot be reached", retry_after=5) from None
+            raise Problem(503, f"the store of the {what} cannot be reached", retry_after=5) from None
         if size > limit:
             raise too_large(limit)
-        return image, picture
+        return uri, data
 
     async def row(self, name: str, data: bytes, models: ModelInfos, on: str = "image") -> dict[str, Any]:
         """Encoded bytes → a row with its frame, as the job makes it for these models. Raises Problem."""
@@ -97,7 +134,7 @@ def without_error(row: dict[str, Any]) -> dict[str, Any]:
     """The row itself. Raises Problem, with the public row in it, where the row has an error."""
     if (error := row["error"]) is None:
         return row
-    raise Problem(_STATUS.get(error["type"], 422), error["message"], row=public(row))
+    raise Problem(STATUS.get(error["type"], 422), error["message"], row=public(row))
 
 
 def public(row: dict[str, Any]) -> dict[str, Any]:
@@ -118,36 +155,33 @@ def _decode_data_uri(uri: str) -> bytes:
             raise ValueError
         return decode_base64(unquote_to_bytes(data).decode("ascii") if "%" in data else data)
     except ValueError:
-        raise Problem(422, "the data uri is not data:image/…;base64,…") from None
+        raise Problem(422, "the data uri is not data:image/…;base64,… or data:video/…;base64,…") from None
 
 
-async def _form(request: Request) -> tuple[str, bytes, dict[str, Any]]:
-    """The picture's name and bytes, and the other fields. Raises Problem."""
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[tuple[FormData, str]]:
+    """A form, and which of its fields is the file. Raises Problem."""
     try:
         async with request.form(max_files=1, max_fields=64, max_part_size=64 << 10) as form:
-            upload = form.get(FIELD)
-            if not isinstance(upload, UploadFile):
-                raise _no_picture(form)
-            if (upload.content_type or "").lower().startswith("video/"):
-                raise Problem(415, _NO_VIDEO)
-            # With ? for lone surrogates, which a form in UTF-7 can have and JSON in UTF-8 cannot.
-            name = (upload.filename or "picture").encode(errors="replace").decode()
-            fields = FormData([(field, value) for field, value in form.multi_items() if field != FIELD])
-            return name, await upload.read(), _values(fields)
+            field = next((name for name in FIELDS if isinstance(form.get(name), UploadFile)), None)
+            if field is None:
+                raise _no_file(form)
+            if field == IMAGE and (form[field].content_type or "").lower().startswith("video/"):  # type: ignore
+                raise Problem(415, f"{IMAGE} is a video: send it as {VIDEO}, as curl --form {VIDEO}=@FILE does")
+            yield form, field
     except HTTPException as error:
         raise Problem(error.status_code, f"the form cannot be read: {error.detail}") from None
     except ValueError as error:  # a UnicodeError among them, of bytes that are not in the form's charset
         raise Problem(400, f"the form cannot be read: {error}") from None
 
 
-def _no_picture(form: FormData) -> Problem:
+def _no_file(form: FormData) -> Problem:
     files = [name for name, value in form.multi_items() if isinstance(value, UploadFile)]
-    if FIELD in form:
-        return Problem(422, f"{FIELD} is text in this form: send a file, as curl --form {FIELD}=@FILE does")
-    if "video" in form:
-        return Problem(415, _NO_VIDEO)
+    for field in FIELDS:
+        if field in form:
+            return Problem(422, f"{field} is text in this form: send a file, as curl --form {field}=@FILE does")
     found = f": its file is named {files[0]!r}" if files else ""
-    return Problem(422, f"the form lacks a file named {FIELD!r}{found}")
+    return Problem(422, f"the form lacks a file named {IMAGE!r} or {VIDEO!r}{found}")
 
 
 def _values(given: QueryParams | FormData) -> dict[str, Any]:

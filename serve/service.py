@@ -5,8 +5,9 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,17 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
-from serve.arguments import Arguments, Options
-from serve.pictures import Pictures, public, without_error
+from serve.arguments import Arguments, Options, VideoOptions
+from serve.pictures import STATUS, Pictures, public, without_error
 from serve.problem import Problem
+from serve.videos import TABLE_BYTES, Video, read
 from shardsight.decode.frames import Load
+from shardsight.models import selection
 from shardsight.models.info import ModelDied
 from shardsight.models.paligemma.prompts import Prompt, Sampling
 from shardsight.models.selection import ModelInfos
+from shardsight.models.yolo.info import YoloInfo
+from shardsight.models.yolo.trackers import tracker_settings
 from shardsight.row import Failure, without_frames
 from shardsight.storage import Storage
 
@@ -103,6 +108,31 @@ class YoloReplica(Replica):
         self.seconds.observe(time.perf_counter() - started)
         return pack(without_frames(pa.concat_tables(found)).take(order))
 
+    async def video(
+        self, video: Video, thresholds: Thresholds, tracker: tuple[str, dict[str, Any]] | None, frames: bool
+    ) -> AsyncIterator[pa.Buffer]:
+        """A video → packed tables of its rows in order with `detections`, `classes` or `error`. tracker: name and
+        settings. frames: keep them, for the next model. Raises ModelDied, Failure."""
+        with self.noting_failure():
+            tracking = None
+            if tracker:
+                with self.lock:
+                    tracking = self.model.tracker(*tracker)
+            async with aclosing(read(video)) as tables:
+                async for table in tables:
+                    found = await asyncio.to_thread(self.follow, table, thresholds, tracking)
+                    yield pack(found if frames else without_frames(found))
+
+    def follow(self, table: pa.Table, thresholds: Thresholds, tracking: Any) -> pa.Table:
+        """The next table of a video. Raises ModelDied."""
+        with self.lock:
+            self.model.set_thresholds(*thresholds)
+            self.model.set_tracking(tracking)
+            try:
+                return self.model(table)
+            finally:
+                self.model.set_tracking(None)
+
 
 class PaliGemmaReplica(Replica):
     """arguments: of PaliGemma, whose engine adds each request to the batch that it is computing."""
@@ -114,7 +144,7 @@ class PaliGemmaReplica(Replica):
         self.tokens = metrics.Counter("shardsight_paligemma_tokens", "Tokens of answers")
 
     async def annotate(self, packed: pa.Buffer, prompts: list[str], regions: bool, max_tokens: int) -> pa.Buffer:
-        """A packed table of Load, of one row → the same without frames, with `answers`, its detections' `text`, or
+        """A packed table of Load → the same without frames, with `answers`, its detections' `text`, or
         `error`. Raises ModelDied."""
         with self.noting_failure():
             asked = self.model.ask_about(unpack(packed), [Prompt.of(text) for text in prompts], regions, max_tokens)
@@ -168,6 +198,7 @@ class Gateway:
         self.arguments, self.models, self.keys, self.handles = arguments, models, keys, handles
         self.pictures = Pictures(arguments, Storage(arguments.storage, retry_seconds=arguments.deadline / 4))
         self.probes: dict[str, asyncio.Task[bool]] = {}
+        self.videos = 0  # that are processed
 
     async def ready(self, *names: str) -> bool:
         """Whether replicas of these models answer; of all models by default."""
@@ -217,17 +248,73 @@ class Gateway:
         """The public row. Raises Problem, with the row in it where it has an `error`."""
         models = self._selected(options)
         row = await self.pictures.row(name, data, models, options.on)
-        prompts = options.prompt or ["caption en"]
-        classes = None if options.classes is None else tuple(options.classes)
         for model in models:
             if model == "yolo":
-                row = await self.detect(row, (options.conf, options.iou, options.max_det, classes))
+                row = await self.detect(row, options.thresholds)
             else:
-                asked = pack(Load.table([row])), prompts, options.on == "regions", options.max_tokens
-                (answered,) = unpack(await _result(self.handles[model].annotate.remote(*asked))).to_pylist()
-                row |= answered
+                (row,) = await self._answered(model, [row], options)
             row = without_error(row)
         return public(row)
+
+    async def rows(self, name: str, data: bytes, options: VideoOptions) -> list[dict[str, Any]]:
+        """The public rows of a video's frames, in order. Raises Problem, with all rows in it where one has an
+        `error`."""
+        models = self._selected(options)
+        if self.videos >= self.arguments.max_videos:
+            raise Problem(429, f"{self.videos} videos are being processed already: try again later", retry_after=5)
+        self.videos += 1
+        found: list[dict[str, Any]] = []
+        try:
+            with _failures_as_problems():
+                async with aclosing(self._detected(self._video(name, data, models, options), models, options)) as parts:
+                    async for table in parts:
+                        rows = table.to_pylist()
+                        for model in (name for name in models if name != "yolo"):
+                            rows = await self._answered(model, rows, options)
+                        found += map(public, rows)
+        finally:
+            self.videos -= 1
+        for error in filter(None, (row["error"] for row in found)):
+            raise Problem(STATUS.get(error["type"], 422), error["message"], rows=found)
+        return found
+
+    def _video(self, name: str, data: bytes, models: ModelInfos, options: VideoOptions) -> Video:
+        """A video as the job decodes it for these models."""
+        asked = options.model_dump(include={"on", "fps", "every", "keyframes", "track"})
+        asked |= {"clip_frames": None, "track_config": self._track_config(options)}
+        load = selection.loader(models, self.arguments.model_copy(update=asked), self.pictures.storage)
+        limits = self.arguments.max_video_seconds, self.arguments.max_frames, self.arguments.max_pixels
+        return Video(name, data, replace(load, size=TABLE_BYTES), *limits)
+
+    def _track_config(self, options: VideoOptions) -> str | dict[str, Any] | None:
+        """The settings of the server's own tracker, if that is the one."""
+        return self.arguments.track_config if options.track == self.arguments.track else None
+
+    async def _detected(
+        self, video: Video, models: ModelInfos, options: VideoOptions
+    ) -> AsyncGenerator[pa.Table, None]:
+        """Tables of a video's rows, by one replica of YOLO, as its tracker must see all frames. Raises as a replica."""
+        if "yolo" not in models:
+            async with aclosing(read(video)) as tables:
+                async for table in tables:
+                    yield table
+            return
+        config = self._track_config(options)
+        tracker = (options.track, tracker_settings(options.track, config)) if options.track else None
+        replica = self.handles["yolo"].options(stream=True)
+        response = replica.video.remote(video, options.thresholds, tracker, len(models) > 1)
+        try:
+            async for packed in response:
+                yield unpack(packed)
+        finally:
+            response.cancel()
+
+    async def _answered(self, model: str, rows: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+        """Rows of Load with the answers of a PaliGemma. Raises Problem."""
+        prompts = options.prompt or ["caption en"]
+        asked = pack(Load.table(rows)), prompts, options.on == "regions", options.max_tokens
+        answered = unpack(await _result(self.handles[model].annotate.remote(*asked))).to_pylist()
+        return [row | one for row, one in zip(rows, answered, strict=True)]
 
     def _selected(self, options: Options) -> ModelInfos:
         """The models that these options ask for. Raises Problem."""
@@ -239,6 +326,10 @@ class Gateway:
             raise Problem(422, "prompt: missing, and this server has only PaliGemma: give one, as caption en")
         if options.on == "regions" and ("yolo" not in models or len(options.prompt) > 1):
             raise Problem(422, "on: regions takes one prompt, and a server with both models")
+        if isinstance(options, VideoOptions) and options.track:
+            yolo = models.get("yolo")
+            if not isinstance(yolo, YoloInfo) or yolo.task == "classify":
+                raise Problem(422, "track: this server has no YOLO that finds boxes, which a tracker follows")
         return models
 
 
@@ -250,7 +341,7 @@ def _failures_as_problems() -> Iterator[None]:
     except BackPressureError:
         raise Problem(429, "the model's queue is full: try again later", retry_after=1) from None
     except Failure as error:
-        raise Problem(422, error.message) from None
+        raise Problem(STATUS.get(error.type, 422), error.message) from None
     except (RayActorError, DeploymentUnavailableError, ModelDied):
         raise Problem(503, "the model has failed and is being restarted: try again", retry_after=5) from None
 

@@ -84,7 +84,8 @@ def _add_yolo(api: FastAPI, gateway: Gateway) -> None:
     async def model() -> dict[str, Any]:
         outputs = [{"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()]
         inputs = [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
-        return {"name": "yolo", "versions": ["1"], "platform": "ultralytics", "inputs": inputs, "outputs": outputs}
+        found = {"name": "yolo", "versions": ["1"], "platform": "ultralytics", "inputs": inputs, "outputs": outputs}
+        return found | {"parameters": {"task": getattr(gateway.models["yolo"], "task", None)}}
 
     @api.get("/v2/models/yolo/ready", summary="Whether a replica of YOLO answers; 503 if not")
     async def model_ready() -> JSONResponse:

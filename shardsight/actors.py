@@ -30,6 +30,11 @@ class Stage:
     last: bool = True
 
     @property
+    def tracks(self) -> bool:
+        """Whether it follows videos frame by frame."""
+        return bool(self.arguments.get("track"))
+
+    @property
     def kind(self) -> str:
         return self.name.partition(" ")[0]
 

@@ -7,16 +7,20 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
+from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load, default_fatal_signals
 from shardsight.errors import Fault
 from shardsight.models.info import ModelDied
+from shardsight.results.coverage import Ranges, merge
 from shardsight.row import ERROR, Failure, with_column, without_frames
 from shardsight.sources import Record, Unit, printable, read
 
@@ -57,14 +61,31 @@ def only_deaths() -> Iterator[None]:
         logger.removeFilter(check)
 
 
+def isolated(blocks: Dataset, load: Load, stages: Sequence[Stage]) -> Dataset:
+    """Tables of a unit each → annotated rows, by Isolate."""
+
+    def start(stage: Stage) -> Any:
+        return ray.remote(Annotator).options(num_cpus=stage.cpus, num_gpus=stage.gpus).remote(stage, True)
+
+    return blocks.map_batches(
+        Isolate,
+        fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages], stages[0].tracks),
+        compute=ActorPoolStrategy(min_size=1, max_size=max(stage.actors[1] for stage in stages)),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=0,
+    )
+
+
 class Isolate:
     """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`.
 
-    models: (stage, what starts it), in the order in which a row meets them.
+    models: (stage, what starts it), in the order in which a row meets them. tracks: the first of them keeps identities
+    through a video, so that a video ends where it kills that process.
     """
 
-    def __init__(self, load: Load, models: Sequence[tuple[str, Callable[[], Any]]]) -> None:
-        self.load, self.start = load, models
+    def __init__(self, load: Load, models: Sequence[tuple[str, Callable[[], Any]]], tracks: bool = False) -> None:
+        self.load, self.start, self.tracks = load, models, tracks
         self.models: dict[int, Any] = {}
         self.dead = 0  # records in a row
 
@@ -74,39 +95,53 @@ class Isolate:
             yield from self.unit(pickle.loads(pickled))
 
     def unit(self, unit: Unit) -> Iterator[pa.Table]:
-        suspect, deaths = "", 0
+        suspect, deaths = ("", 0), 0
         while True:
-            current: Record | None = None
-            done: list[int] = []
+            reading = _Reading(unit)
             try:
-                for item in _one_by_one.remote(unit, self.load):
-                    content = ray.get(item)
-                    if isinstance(content, Record):
-                        current = content
-                        continue
-                    assert current
-                    yield self.annotate(content, current.id)
-                    done.append(current.index)
-                    current = None
-                return
+                yield from self.rows(reading)
+                if not reading.abandoned:
+                    return
+                unit = reading.left()
             except DEATHS as error:
-                unit = unit.without(done)
+                if not is_death(error):
+                    raise
+                unit = reading.left()
                 # If no record was announced, reading itself kills the process, and the unit ends there.
-                record = current or replace(_next(unit), last=True)
-                deaths = deaths + 1 if record.id == suspect else 1
-                suspect = record.id
+                record = reading.current or replace(_next(unit), last=True)
+                number = _first_not_in(unit.frames.get(record.index, []))
+                deaths = deaths + 1 if (record.id, number) == suspect else 1
+                suspect = record.id, number
                 if deaths < ATTEMPTS:
                     continue
-                row = self.load.row(replace(record, failure=Failure("", "")))
-                yield self.give_up(self.load.table([row]), record.id, "decode" if current else "read", error)
+                row = self.load.failed(record, number, Failure("", ""))
+                yield self.give_up(self.load.table([row]), record.id, "decode" if reading.current else "read", error)
                 unit = unit.without([record.index])
-                if not current and unit.kind != "files":
+                if not reading.current and unit.kind != "files":
                     return
 
+    def rows(self, reading: "_Reading") -> Iterator[pa.Table]:
+        """The rows of the unit, until its reader dies or, with tracking, a process that has followed a video so far."""
+        for item in _one_by_one.remote(reading.unit, self.load):
+            content = ray.get(item)
+            if isinstance(content, Record):
+                reading.begin(content)
+                continue
+            assert reading.current
+            row = self.annotate(content, reading.current.id)
+            reading.frames.append(row["frame_number"][0].as_py())
+            if self.tracks and 0 not in self.models and not row["last_frame"][0].as_py():
+                reading.abandoned = True
+                yield with_column(row, "last_frame", pa.array([True]))
+                return
+            yield row
+
     def annotate(self, table: pa.Table, id: str) -> pa.Table:
-        """One record's row after all stages, or an error row from the stage that it killed."""
+        """One frame's row after all stages, or an error row from the stage that it killed."""
         for number, (stage, start) in enumerate(self.start):
-            for attempt in range(1, ATTEMPTS + 1):
+            # Another process would not know the identities of the frames before.
+            follows = self.tracks and number == 0 and table["frame_number"][0].as_py() > 0
+            for attempt in range(ATTEMPTS if follows else 1, ATTEMPTS + 1):
                 try:
                     model = self.models.get(number) or start()
                     self.models[number] = model
@@ -126,24 +161,55 @@ class Isolate:
         return table
 
     def give_up(self, table: pa.Table, id: str, stage: str, error: Exception) -> pa.Table:
-        """The error row of a record that has killed its processes. Raises Fault."""
+        """The error row of a frame that has killed its processes. Raises Fault."""
         self.dead += 1
         if self.dead == IN_A_ROW:
             sentence = f"processes die whatever they are given, last at {id}"
             raise Fault(f"{sentence}: look for a lack of memory or a broken installation")
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
-        failure = Failure(kind, f"its process died each of the {ATTEMPTS} times that it was tried alone")
+        failure = Failure(kind, "its process died each time, at last when this was all that it had to do")
         errors = pa.array([failure.row(stage)], ERROR)
         return with_column(without_frames(table), "error", errors)
 
 
+@dataclass
+class _Reading:
+    """What has been read of a unit. current: the record that was announced last. frames: its frames that are done.
+    abandoned: it is given up, though its reader lives."""
+
+    unit: Unit
+    current: Record | None = None
+    done: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    abandoned: bool = False
+
+    def begin(self, record: Record) -> None:
+        self.done += [self.current.index] if self.current else []
+        self.current, self.frames = record, []
+
+    def left(self) -> Unit:
+        """The unit without what is done. In a group of loose files, the current one is then the first."""
+        if self.current is None:
+            return self.unit
+        if self.abandoned:
+            return self.unit.without([*self.done, self.current.index])
+        left = self.unit.without(self.done)
+        ranges = [*left.frames.get(self.current.index, []), *((frame, frame + 1) for frame in self.frames)]
+        return replace(left, frames=left.frames | {self.current.index: merge(ranges)})
+
+
+def _first_not_in(ranges: Ranges) -> int:
+    return ranges[0][1] if ranges and ranges[0][0] == 0 else 0
+
+
 @ray.remote(num_cpus=1, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=1)
 def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table]:
-    """Of each record its place, and then its row: the place has arrived before the record can kill the process."""
+    """Of each record its place, and then its rows: the place has arrived before the record can kill the process."""
     default_fatal_signals()
     for record in read(unit, load.storage):
         yield replace(record, data=None)
-        yield load.table([load.row(record)])
+        for row in load.rows(record):
+            yield load.table([row])
 
 
 def _next(unit: Unit) -> Record:
@@ -153,5 +219,7 @@ def _next(unit: Unit) -> Record:
         return Record(None, 0, name, name, version=unit.versions[0] if unit.versions else None)
     assert unit.uri
     name = printable(unit.uri)
+    if unit.kind == "video":
+        return Record(name, 0, name, name, version=unit.version)
     position = unit.skip[0][1] if unit.skip and unit.skip[0][0] == 0 else 0
     return Record(name, position, f"{name}#{position}", name, version=unit.version)

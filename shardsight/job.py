@@ -159,6 +159,7 @@ class _Run:
             self.done = self._earlier()
             with self._recorded():
                 self._drop_changed()
+                self._drop_cut_off()
                 self.before = self.done.rows
                 self._passes()
         return Job(self.results.out, self.storage, self.content)
@@ -182,6 +183,13 @@ class _Run:
             self.results.drop(units, files)
             self.done = self.results.done()
             self.content["changed_rows"] = before - self.done.rows
+
+    def _drop_cut_off(self) -> None:
+        """Drop the rows of tracked videos that are not finished, as identities begin with a video's first frame."""
+        records = {(name, record) for name, unit in self.done.units.items() for record in unit.frames}
+        if self.settings.track and records:
+            self.results.drop_records(records)
+            self.done = self.results.done()
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -243,6 +251,7 @@ class _Run:
                 return
             self._pass(left, kind == "isolated")
             self.done = self.results.done()
+            self._drop_cut_off()
             units = self.listing.left(self.done)
         if list(units):
             raise Fault("some inputs are missing from the results")
@@ -272,7 +281,7 @@ class _Run:
                     self.watcher.add(count, errors, self._expected(totals))
 
     def _expected(self, totals: dict[str, int]) -> int | None:
-        """How many inputs there are, where a unit that is not yet through counts as the mean of those that are."""
+        """How many rows there will be, where a unit that is not yet through counts as the mean of those that are."""
         units = self.listing.units
         known = [totals[unit] for unit in units if unit in totals]
         if units and not known:
@@ -285,10 +294,10 @@ class _Run:
         errors: dict[str, dict[str, int]] = {}
         for (stage, type), count in sorted(done.errors.items()):
             errors.setdefault(stage, {})[type] = count
-        totals = _totals(done)
+        listed = [done.units[name] for name in self.listing.units if name in done.units]
         complete = all(map(done.complete, self.listing.units)) and self.listing.files.within(done.files)
         self.content |= {
-            "inputs": len(self.listing.files) + sum(totals.get(unit, 0) for unit in self.listing.units),
+            "inputs": len(self.listing.files) + sum(unit.total or 0 for unit in listed),
             "rows": done.rows,
             "resumed_rows": self.before,
             "errors": errors,
@@ -326,8 +335,12 @@ def _spent(spent: Counter[str]) -> dict[str, Any]:
 
 
 def _totals(done: Coverage) -> dict[str, int]:
-    """Unit → how many records it has, where that is known."""
-    return {name: unit.total for name, unit in done.units.items() if unit.total is not None}
+    """Unit → how many rows it has, where that is known."""
+    return {
+        name: unit.total + sum(frames - 1 for frames in unit.lengths.values())
+        for name, unit in done.units.items()
+        if unit.total is not None
+    }
 
 
 def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, out: str) -> None:

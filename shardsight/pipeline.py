@@ -1,8 +1,10 @@
-"""The flow, wired with Ray Data: units → read and decode → YOLO → PaliGemma → Parquet."""
+"""The flow, wired with Ray Data: units → read and decode → YOLO → PaliGemma → Parquet.
+
+Where videos are tracked, YOLO's actors have the units read and decoded themselves: see tracking.
+"""
 
 import pickle
 import warnings
-from functools import partial
 from typing import Any
 
 import ray
@@ -10,21 +12,25 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
-from shardsight.isolate import Isolate
+from shardsight.decode.split import FRAMES, Split, is_long
+from shardsight.decode.video import Sampling
+from shardsight.isolate import isolated
 from shardsight.results.coverage import Coverage
 from shardsight.sources import Listing, Unit
 from shardsight.storage import Storage
+from shardsight.tracking import OPEN, TrackingAnnotator
 
 # Blocks that a model works on at once: vLLM's engine batches across them, so that it never waits for the next.
 CALLS = {"yolo": 1, "paligemma": 4}
 
 
-def read(*inputs: str, storage: dict[str, str] | None = None) -> Dataset:
+def read(*inputs: str, storage: dict[str, str] | None = None, **frames: Any) -> Dataset:
     """Inputs as of `annotate` → frames at their full size, for pipelines of one's own: tables of decode.frames.TABLE,
-    one row a picture, with an `error` and no `frame` where it cannot be decoded. Raises UsageError."""
+    one row per picture and per frame of a video, with an `error` and no `frame` where it cannot be decoded. frames:
+    which of a video, as fps, every or keyframes of `annotate`. Raises UsageError."""
     store = Storage(storage or {})
     units = list(Listing(list(inputs), store).left(Coverage()))
-    return _blocks(units).map_batches(Load(store), batch_size=1, batch_format="pyarrow")
+    return _decoded(units, Load(store, sampling=Sampling(**frames)))
 
 
 def _blocks(units: list[Unit]) -> Dataset:
@@ -32,6 +38,15 @@ def _blocks(units: list[Unit]) -> Dataset:
     return ray.data.from_items(
         [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=min(len(units), 5000)
     )
+
+
+def _decoded(units: list[Unit], load: Load, **options: Any) -> Dataset:
+    """Units → frames; of a long video, its parts in several tasks, unless a clip may go from one into the next."""
+    blocks = _blocks(units)
+    if not load.clips and any(map(is_long, units)):
+        blocks = blocks.map_batches(Split(load.storage, load.sampling, FRAMES), batch_size=1, batch_format="pyarrow")
+        blocks = blocks.repartition(target_num_rows_per_block=1)
+    return blocks.map_batches(load, batch_size=1, batch_format="pyarrow", **options)
 
 
 def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
@@ -42,44 +57,37 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = Fal
     context.target_max_block_size = 64 << 10 if isolate else 32 << 20
     # Deaths are ignored: the driver sees in the footers what is missing. For other errors see isolate.only_deaths.
     context.max_errored_blocks = 0 if isolate else -1
-    blocks = _blocks(units)
     # Of arguments that go in 2.64; the pinned release has no other way to bound its retries, which have no
     # end by default, where a record kills whatever process it is in.
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
     if isolate:
-
-        def start(stage: Stage) -> Any:
-            return ray.remote(Annotator).options(num_cpus=stage.cpus, num_gpus=stage.gpus).remote(stage, True)
-
-        return blocks.map_batches(
-            Isolate,
-            fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages]),
-            compute=ActorPoolStrategy(min_size=1, max_size=max(stage.actors[1] for stage in stages)),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=0,
-        )
-    blocks = blocks.map_batches(
-        load, batch_size=1, batch_format="pyarrow", num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1}
-    )
+        return isolated(_blocks(units), load, stages)
+    if stages[0].tracks:
+        tracking, *stages = stages
+        together = min(OPEN, -(-len(units) // tracking.actors[1]))
+        blocks = _with_model(_blocks(units), tracking, TrackingAnnotator, (load, tracking), together)
+    else:
+        blocks = _decoded(units, load, num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1})
     for stage in stages:
-        blocks = _with_model(blocks, stage)
+        blocks = _with_model(blocks, stage, Annotator, (stage,))
     return blocks
 
 
-def _with_model(blocks: Dataset, stage: Stage) -> Dataset:
+def _with_model(
+    blocks: Dataset, stage: Stage, actor: Any, arguments: tuple[Any, ...], batch_size: int | None = None
+) -> Dataset:
     calls = CALLS[stage.kind]
     return blocks.map_batches(
-        Annotator,
-        fn_constructor_args=(stage,),
+        actor,
+        fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
             min_size=stage.actors[0],
             max_size=stage.actors[1],
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
-        batch_size=None,
+        batch_size=batch_size,
         batch_format="pyarrow",
         num_cpus=stage.cpus,
         num_gpus=stage.gpus,

@@ -37,6 +37,7 @@ ANSWER = pa.struct(
         ("detections", pa.list_(DETECTION)),
         ("finish_reason", pa.string()),
         ("score", pa.float32()),  # mean log-probability
+        ("frames", pa.list_(pa.int32())),  # of a clip: the frame_index of each of its frames
     ]
 )
 ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string())])
@@ -72,6 +73,8 @@ PLACE = [
 ]
 # RGB uint8 (h, w, 3) as bytes, and its size, which may be smaller than the picture's.
 FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_height", pa.int32())]
+# In the first row of a clip of a video: its frames, for PaliGemma.
+FRAME += [("clip", pa.list_(pa.struct([*FRAME, ("frame_index", pa.int32())])))]
 STAGES = ("read", "decode", "yolo", "paligemma")
 # Wall-clock and CPU seconds that each stage spent on a row.
 SECONDS = [f"{stage}_{kind}_seconds" for stage in STAGES for kind in ("clock", "cpu")]
@@ -112,6 +115,18 @@ def frames_of(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
     for index, (frame, height, width, error) in enumerate(zip(*columns, strict=True)):
         if frame.is_valid and not error.is_valid:
             yield index, frame_of(frame.as_buffer(), height.as_py(), width.as_py())
+
+
+def clips_of(table: pa.Table) -> Iterator[tuple[int, list[np.ndarray], list[int]]]:
+    """(row's index, RGB uint8 (h, w, 3) of each frame, not copied, and its frame_index) of the rows with a clip and
+    without an error."""
+    for index, (clip, error) in enumerate(zip(table["clip"], table["error"], strict=True)):
+        if clip.is_valid and not error.is_valid:
+            frames, heights, widths, indices = (
+                clip.values.field(name) for name in ("frame", "frame_height", "frame_width", "frame_index")
+            )
+            sizes = zip(frames, heights.to_pylist(), widths.to_pylist(), strict=True)
+            yield index, [frame_of(frame.as_buffer(), *size) for frame, *size in sizes], indices.to_pylist()
 
 
 def without_frames(table: pa.Table) -> pa.Table:

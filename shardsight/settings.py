@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from shardsight.errors import UsageError
 from shardsight.models.paligemma.prompts import Prompt
+from shardsight.models.yolo.trackers import TRACKERS, tracker_settings
 from shardsight.sources import absolute
 from shardsight.storage import OPTIONS
 
@@ -30,8 +31,8 @@ _FREE = {
     "overwrite", "retry_errors", "max_error_rate", "config", "verbose",
 }  # fmt: skip
 # Settings that change rows only where there is such a model, or where there are several PaliGemmas.
-_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz"}
-_OF_PALIGEMMA = {"revision", "adapter", "prompt", "on", "max_tokens"}
+_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "track", "track_config"}
+_OF_PALIGEMMA = {"revision", "adapter", "prompt", "on", "max_tokens", "clip_frames", "clip_seconds"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
 _SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
 _KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
@@ -46,7 +47,9 @@ class Models(BaseSettings):
     yolo: str | None = Field(
         None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …"
     )
-    conf: float = Field(0.25, ge=0, le=1, description="least score of a detection")
+    conf: float | None = Field(
+        None, ge=0, le=1, description="least score of a detection; 0.25, or 0.1 with --track, as in ultralytics"
+    )
     iou: float = Field(0.7, ge=0, le=1, description="overlap above which the weaker of two detections is dropped")
     max_det: int = Field(300, ge=1, description="most detections of a picture")
     classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
@@ -75,8 +78,23 @@ class Models(BaseSettings):
     on: Literal["image", "regions"] = Field(
         "image", description="PaliGemma sees the whole picture, or the crop of each of YOLO's detections"
     )
+    clip_frames: int | None = Field(
+        None, ge=2, description="PaliGemma is asked about so many frames of a video together, of each --clip-seconds"
+    )
+    clip_seconds: float | None = Field(None, gt=0, description="length of a clip, see --clip-frames")
+    fps: float | None = Field(None, gt=0, description="frames per second of a video; all of its frames by default")
+    every: int | None = Field(None, ge=1, description="each Nth frame of a video")
+    keyframes: CliToggleFlag[bool] = Field(False, description="the keyframes of a video")
+    track: str | None = Field(
+        None, description=f"keep identities through a video: {', '.join(TRACKERS)}; botsort if none is named"
+    )
+    track_config: str | dict[str, Any] | None = Field(
+        None, description="YAML with settings of the tracker, as ultralytics has it"
+    )
     max_tokens: int = Field(256, ge=1, description="most tokens of an answer")
-    scaled_decode: CliImplicitFlag[bool] = Field(True, description="decode JPEGs no larger than the models need")
+    scaled_decode: CliImplicitFlag[bool] = Field(
+        True, description="decode JPEGs and videos no larger than the models need"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
     )
@@ -145,8 +163,8 @@ class Settings(Models):
 
     inputs: CliPositionalArg[list[str]] = Field(
         [],
-        description="files, folders, globs or prefixes, local or s3://, gs://, az://: pictures, .tar (WebDataset), "
-        ".parquet with encoded pictures, or .txt, .csv, .jsonl lists of paths and uris",
+        description="files, folders, globs or prefixes, local or s3://, gs://, az://: pictures, videos, .tar "
+        "(WebDataset), .parquet with encoded pictures or videos, or .txt, .csv, .jsonl lists of paths and uris",
     )
     output: str = Field(description="folder or prefix for results/*.parquet and job.json")
     yolo_actors: str | None = Field(None, description="processes that compute YOLO; sized to the cluster by default")
@@ -155,7 +173,9 @@ class Settings(Models):
     rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
     image_column: str | None = Field(None, description="column of encoded pictures in Parquet; found by default")
     uri_column: str | None = Field(None, description="column of paths or uris, in Parquet and in .csv or .jsonl lists")
-    keep_images: CliToggleFlag[bool] = Field(False, description="store the encoded pictures with their rows")
+    keep_images: CliToggleFlag[bool] = Field(
+        False, description="store the encoded pictures with their rows; a JPEG of a video's frame"
+    )
     limit: int | None = Field(None, ge=1, description="the first N inputs only")
     overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
     retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
@@ -188,6 +208,7 @@ class Settings(Models):
             raise ValueError("no model: give --yolo MODEL, --paligemma MODEL or both")
         if self.on == "regions" and not (self.yolo and self.paligemma):
             raise ValueError("--on regions asks PaliGemma about YOLO's detections: give both --yolo and --paligemma")
+        self._check_video()
         if self.adapter and len(self.paligemma) > 1:
             raise ValueError(f"--adapter belongs to one model: give one --paligemma, not {len(self.paligemma)}")
         if self.on == "regions" and len(self.prompt) > 1:
@@ -195,6 +216,27 @@ class Settings(Models):
         if self.paligemma and not self.prompt:
             self.prompt = ["caption en"]
         return self
+
+    def _check_video(self) -> None:
+        """Of videos: raises ValueError, UsageError."""
+        if sum(bool(one) for one in (self.fps, self.every, self.keyframes)) > 1:
+            raise ValueError("--fps, --every and --keyframes each say which frames of a video: give one of them")
+        if self.track_config and not self.track:
+            raise ValueError("--track-config is of a tracker: give --track, too")
+        if self.track:
+            if not self.yolo:
+                raise ValueError("--track follows what YOLO detects: give --yolo MODEL")
+            # In full, so that job.json says which they were, and a changed file refuses the resumption.
+            self.track_config = tracker_settings(self.track, self.track_config)
+        if self.conf is None:
+            self.conf = 0.1 if self.track else 0.25
+        if (self.clip_frames is None) != (self.clip_seconds is None):
+            raise ValueError("--clip-frames and --clip-seconds say together what a clip is: give both")
+        if self.clip_frames:
+            if not self.paligemma:
+                raise ValueError("--clip-frames asks PaliGemma about a video: give --paligemma MODEL")
+            if self.track or self.on == "regions" or len(self.paligemma) > 1:
+                raise ValueError("--clip-frames goes with one --paligemma, and neither with --track nor --on regions")
 
     def changed(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Of settings that decide what this job's rows say, those that an earlier job recorded otherwise: (old, new).
@@ -236,6 +278,9 @@ def parse(arguments: list[str]) -> Settings:
                 verbatim[name] = value
         return parsed
 
+    for index, argument in enumerate(arguments):
+        if argument == "--track" and (index + 1 == len(arguments) or arguments[index + 1].startswith("--")):
+            arguments = [*arguments[: index + 1], "botsort", *arguments[index + 1 :]]
     try:
         values = _config(arguments)
         source: Any = CliSettingsSource(
@@ -312,6 +357,10 @@ _HELP = {
         **{"paligemma": "PATH or NAME", "prompt": "TEXT", "on": "image|regions", "max_tokens": "N", "adapter": "PATH"},
         **{"revision": "NAME", "resolution": "auto|N", "small_box": "PIXELS", "lost_detail": "0..1"},
     },
+    "Video": {
+        **{"fps": "F", "every": "N", "keyframes": "", "track": "NAME", "track_config": "FILE"},
+        **{"clip_frames": "N", "clip_seconds": "S"},
+    },
     "Speed": {
         **{"precision": "auto|fp32|bf16|fp16", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
         **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
@@ -324,6 +373,7 @@ _EXAMPLES = """Examples:
   {command} pictures/ --output out --yolo yolov8n.pt
   {command} 's3://bucket/shards/*.tar' --output s3://bucket/out --yolo best.pt --conf 0.4 --classes 0,2
   {command} pictures/ --output out --paligemma google/paligemma2-3b-mix-448 --prompt 'detect cat ; dog'
+  {command} clips/ --output out --yolo yolov8n.pt --track botsort
   {command} --config out/job.json --retry-errors
 
 The same command goes on where an interrupted one stopped. Exit codes: 0 done, 1 stopped by a fault and resumable, 2 the

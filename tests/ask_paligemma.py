@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tests.small_paligemma import Frames
 
 ROOT = Path(__file__).parent.parent
 
 
 @dataclass
 class Asked:
-    """How an engine is made and asked. pairs: (frame, prompt). alone: each once the one before is answered.
+    """How an engine is made and asked. pairs: (frame or frames, prompt). alone: each once the one before is answered.
 
     little: give it memory for a few requests, less than run at once.
     """
 
     model: Path
-    pairs: list[tuple[np.ndarray, str]]
+    pairs: list[tuple[Frames, str]]
     arguments: dict[str, Any] = field(default_factory=dict)
     alone: bool = False
     little: bool = False

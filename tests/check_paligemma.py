@@ -5,6 +5,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,8 +15,11 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from vllm import EngineArgs
+from vllm import EngineArgs, SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from shardsight.decode.frames import TABLE
@@ -26,7 +30,7 @@ from shardsight.models.paligemma.info import inspect
 from shardsight.models.paligemma.model import PaliGemma
 from shardsight.models.paligemma.prefix import Prefix, split, unsuited
 from shardsight.models.paligemma.prompts import Prompt, Sampling
-from shardsight.row import Failure
+from shardsight.row import Failure, frame_columns
 from tests.conftest import WEIGHTS
 from tests.small_paligemma import make, pictures
 
@@ -44,7 +48,8 @@ def started(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     temporary = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(temporary))
-        model = PaliGemma(str(folder), ["caption en", "detect car ; dog"], max_tokens=12, precision="fp32", threads=1)
+        limits: dict[str, Any] = {"max_tokens": 12, "precision": "fp32", "threads": 1, "clip_frames": 3}
+        model = PaliGemma(str(folder), ["caption en", "detect car ; dog"], **limits)
         left = [path.name for path in temporary.iterdir()]
     yield model, left
     model.close()
@@ -95,6 +100,9 @@ def test_ranges_that_cuda_computes() -> None:
         feature = MultiModalFeatureSpec(data=None, modality="image", identifier="", mm_position=one)
         assert compute_mm_prefix_ranges(["a"], {"a": [feature]}, sliding_window=None) == {0: [(0, 23)]}
         assert compute_mm_prefix_ranges(["a"], {"a": [feature]}, sliding_window=24) == {0: [(0, 23)]}
+        second = MultiModalFeatureSpec(data=None, modality="image", identifier="", mm_position=Prefix(16, 16, None, 40))
+        first = replace(second, mm_position=Prefix(0, 16, None, 40))
+        assert compute_mm_prefix_ranges(["a"], {"a": [first, second]}) == {0: [(0, 39)]}
 
 
 RIGHT: dict[str, Any] = {
@@ -134,6 +142,31 @@ def test_longer_than_the_window_on_a_gpu(folder: Path, monkeypatch: pytest.Monke
     assert "sliding window of 256 tokens on this device" in (unsuited(config) or "")
 
 
+def test_several_pictures_in_several_steps_refused(folder: Path) -> None:
+    """A GPU's steps overlap: vLLM's own room for pictures may then hold only half of a prompt's."""
+    config = EngineArgs(model=str(folder), **(RIGHT | {"limit_mm_per_prompt": {"image": 2}})).create_engine_config()
+    assert unsuited(config) is None
+    config.scheduler_config.async_scheduling = True
+    assert "a prompt's pictures may come in several steps" in (unsuited(config) or "")
+    config.scheduler_config.encoder_cache_size = 1024
+    assert unsuited(config) is None
+
+
+def test_a_prompt_comes_whole(folder: Path) -> None:
+    """Also while the step before still holds its pictures, as on a GPU, where nothing would notice."""
+    config = engine.configured(inspect(str(folder)), engine.Limits("fp32", 256, 64, 1, 0.9, 1, pictures=5))
+    config.cache_config.num_gpu_blocks, size = 1000, config.cache_config.block_size
+    group = KVCacheGroupSpec(["layer"], FullAttentionSpec(size, num_kv_heads=1, head_size=32, dtype=torch.float32))
+    scheduler = AsyncScheduler(config, KVCacheConfig(1000, [], [group]), Mock(), size)
+    for name in range(60):
+        spans = [Prefix(16 * each, 16, None, 85) for each in range(5)]
+        seen = [MultiModalFeatureSpec(None, "image", f"{name} {span.offset}", span) for span in spans]
+        scheduler.add_request(Request(str(name), [5] * 85, SamplingParams(max_tokens=4), None, mm_features=seen))
+    steps = [scheduler.schedule(), scheduler.schedule()]
+    tokens = [[step.num_scheduled_tokens[one.req_id] for one in step.scheduled_new_reqs] for step in steps]
+    assert tokens == [[85] * 24, [85] * 23]  # of 2048; one token each of the first 24
+
+
 def test_nothing_left_behind(started: tuple[PaliGemma, list[str]]) -> None:
     """Each start of vLLM left a file in the temporary directory: on a cluster that runs for months, thousands."""
     assert started[1] == []
@@ -166,6 +199,35 @@ def test_table(model: PaliGemma) -> None:
         assert row["answers"] is None
         assert row["error"]["type"] == ("TruncatedImage" if row["id"] == "broken" else "PromptTooLong")
         assert row["error"]["stage"] == ("decode" if row["id"] == "broken" else "paligemma")
+
+
+def test_clips(model: PaliGemma) -> None:
+    """A clip's frames are asked about together, in the row that holds them; a video's other rows are not asked about,
+    and pictures as ever."""
+    frames = pictures(4)
+    each = [frame_columns(frame, 640, 480) for frame in frames]
+    clip = [one | {"frame_index": 10 * n} for n, one in enumerate(each[:3])]
+    failure = Failure("TruncatedVideo", "half of it is missing").row("decode")
+    rows: list[dict[str, Any]] = [
+        each[0] | {"id": "clip", "frame_index": 0, "clip": clip},
+        each[1] | {"id": "in it", "frame_index": 10},
+        each[3] | {"id": "picture"},
+        each[0] | {"id": "broken", "frame_index": 0, "clip": clip, "error": failure},
+        {"id": "another", "width": 640, "height": 480, "frame_index": 40, "clip": clip[::-1]},
+    ]
+    done = {row["id"]: row for row in model(pa.Table.from_pylist(rows, TABLE)).to_pylist()}
+    for name, shown, indices in [
+        ("clip", frames[:3], [0, 10, 20]),
+        ("another", frames[2::-1], [20, 10, 0]),
+        ("picture", frames[3], None),
+    ]:
+        asked = [(prompt.text, model.reader.text(model.ask(shown, prompt).result())) for prompt in model.prompts]
+        assert [(answer["prompt"], answer["text"]) for answer in done[name]["answers"]] == asked
+        assert [answer["frames"] for answer in done[name]["answers"]] == [indices] * 2 and not done[name]["error"]
+    assert done["in it"]["answers"] is None and done["in it"]["error"] is None
+    assert done["broken"]["answers"] is None and done["broken"]["error"] == failure
+    with pytest.raises(Failure, match="At most 3 image"):
+        model.ask(frames, model.prompts[0]).result()
 
 
 def test_pictures(model: PaliGemma) -> None:
@@ -246,6 +308,8 @@ def test_model_refused(folder: Path, tmp_path: Path) -> None:
     """One sentence, before an engine starts."""
     with pytest.raises(ModelError, match="leaves too few for a prompt and 500 of an answer"):
         PaliGemma(str(folder), max_tokens=500)
+    with pytest.raises(ModelError, match="480 of them those of a clip's 30 frames"):
+        PaliGemma(str(folder), max_tokens=30, clip_frames=30)
     with pytest.raises(ModelError, match="is no LoRA adapter"):
         PaliGemma(str(folder), max_tokens=8, adapter=str(tmp_path))
 

@@ -25,6 +25,7 @@ from transformers import (
 
 IMAGE_SIZE, PATCH = 56, 14
 TEXT = "caption describe answer question detect segment what is in the picture red blue car dog cat person; & é ü 0123"
+Frames = np.ndarray | list[np.ndarray]  # of one prompt: RGB uint8 (h, w, 3), or several
 PROMPTS = [
     "caption en",
     "caption de",
@@ -159,7 +160,7 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 class Reference:
-    """Hugging Face's own model and `generate`, float32, one pair at a time."""
+    """Hugging Face's own processor, model and `generate`, float32, one pair at a time."""
 
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         torch.set_num_threads(1)
@@ -171,9 +172,10 @@ class Reference:
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
-    def answer(self, frame: np.ndarray, prompt: str, max_tokens: int) -> tuple[list[int], list[float]]:
-        """(token ids, their log-probabilities) of the greedy answer, its end included."""
-        inputs = self.processor(images=Image.fromarray(frame), text="<image>" + prompt, return_tensors="pt")
+    def answer(self, frames: Frames, prompt: str, max_tokens: int) -> tuple[list[int], list[float]]:
+        """(token ids, their log-probabilities) of the greedy answer about all frames, its end included."""
+        images = [Image.fromarray(frame) for frame in ([frames] if isinstance(frames, np.ndarray) else frames)]
+        inputs = self.processor(images=images, text="<image>" * len(images) + prompt, return_tensors="pt")
         inputs.pop("labels", None)
         with torch.inference_mode():
             out = self.model.generate(

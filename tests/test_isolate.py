@@ -15,11 +15,13 @@ import pytest
 from shardsight import isolate
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
+from shardsight.decode.video import VideoFrame
 from shardsight.errors import Fault
 from shardsight.models.yolo.info import inspect
-from shardsight.row import Failure
-from shardsight.sources import Unit
+from shardsight.row import Failure, without_frames
+from shardsight.sources import Record, Unit
 from shardsight.storage import Storage
+from tests.clips import encode
 from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
 
 DEADLY = b"this ends the process"
@@ -54,6 +56,7 @@ def test_records_that_end_their_process(
     """Each becomes one error row, in every kind of input and in every stage, and costs no neighbour its row."""
     monkeypatch.setattr("shardsight.models.selection.Load", DeadlyLoad)
     monkeypatch.setattr("shardsight.pipeline.Annotator", DeadlyAnnotator)
+    monkeypatch.setattr("shardsight.isolate.Annotator", DeadlyAnnotator)
     folder = tmp_path / "in"
     folder.mkdir()
     some = [*jpegs[:3], jpegs[3] + DEADLY, *jpegs[4:8]]
@@ -76,17 +79,71 @@ def test_records_that_end_their_process(
 
 
 class Echo:
-    """A model that finds nothing, at once."""
+    """A model that finds nothing, at once, and does not survive the frames of `deadly` numbers."""
+
+    def __init__(self, deadly: tuple[int, ...] = ()) -> None:
+        self.deadly = deadly
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return table.drop_columns(["frame", "frame_width", "frame_height"])
+        if table["frame_number"][0].as_py() in self.deadly:
+            os.abort()
+        return without_frames(table)
 
 
-def carefully(unit: Unit, load: Load) -> list[dict[str, Any]]:
+def carefully(unit: Unit, load: Load, deadly: tuple[int, ...] = (), tracks: bool = False) -> list[dict[str, Any]]:
     import ray
 
-    rows = isolate.Isolate(load, [("yolo", lambda: ray.remote(Echo).options(num_cpus=0).remote())]).unit(unit)
+    model = ray.remote(Echo).options(num_cpus=0)
+    rows = isolate.Isolate(load, [("yolo", lambda: model.remote(deadly))], tracks).unit(unit)
     return pa.concat_tables(rows).to_pylist()
+
+
+class DeadlyFrames(Load):
+    """A decoder that a video's frame kills."""
+
+    def frame(self, record: Record, frame: VideoFrame) -> dict[str, Any]:
+        if frame.number == 3:
+            os.abort()
+        return super().frame(record, frame)
+
+
+def outcomes(rows: list[dict[str, Any]]) -> list[tuple[int, int, bool, str | None]]:
+    errors = [row["error"] and row["error"]["stage"] for row in rows]
+    return [
+        (row["record"], row["frame_number"], row["last_frame"], error) for row, error in zip(rows, errors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("done", [[], [(0, 2)]])
+def test_a_frame_that_ends_its_process_ends_the_video(
+    tmp_path: Path, jpegs: list[bytes], one_ray: None, done: list[tuple[int, int]]
+) -> None:
+    """The frames before it have their rows, and so has what comes after the video in a tar."""
+    write_tar(tmp_path / "a.tar", [("v.mp4", clip(6)), ("x.jpg", jpegs[0])])
+    unit = Unit("tar", str(tmp_path / "a.tar"), frames={0: done})
+    rows = outcomes(carefully(unit, DeadlyFrames(Storage())))
+    before = [(0, number, False, None) for number in range(3) if not done or number >= 2]
+    assert rows == [*before, (0, 3, True, "decode"), (1, 0, True, None)]
+
+
+def test_a_frame_that_kills_the_model_costs_no_other(tmp_path: Path, one_ray: None) -> None:
+    (tmp_path / "v.mp4").write_bytes(clip(4))
+    rows = carefully(Unit("video", str(tmp_path / "v.mp4")), Load(Storage()), (1,))
+    assert outcomes(rows) == [(0, 0, False, None), (0, 1, False, "yolo"), (0, 2, False, None), (0, 3, True, None)]
+
+
+def test_a_tracked_video_ends_where_its_tracker_died(tmp_path: Path, jpegs: list[bytes], one_ray: None) -> None:
+    """Another process would count identities from one again."""
+    write_tar(tmp_path / "a.tar", [("v.mp4", clip(4)), ("w.mp4", clip(2))])
+    rows = carefully(Unit("tar", str(tmp_path / "a.tar")), Load(Storage()), (2,), tracks=True)
+    assert outcomes(rows) == [
+        *[(0, 0, False, None), (0, 1, False, None), (0, 2, True, "yolo")],
+        *[(1, 0, False, None), (1, 1, True, None)],
+    ]
+
+
+def clip(frames: int) -> bytes:
+    return encode(np.full((64, 64, 3), 20 * number, np.uint8) for number in range(frames))
 
 
 def test_a_fault_that_hits_everything(

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pyarrow as pa
@@ -40,7 +41,7 @@ def test_tables_are_bounded_by_their_bytes(load: Load, jpegs: list[bytes], monke
         return (Record(None, 0, f"{n}", "a", jpegs[n]) for n in range(20))
 
     monkeypatch.setattr(loading, "read", records)
-    monkeypatch.setattr(loading, "BYTES", 2 << 20)
+    load = replace(load, size=2 << 20)
     tables = list(load(pa.table({"unit": [pickle.dumps(None)]})))
     assert sum(len(table) for table in tables) == 20 and len(tables) > 2
     assert all(table["frame"].nbytes < 4 << 20 for table in tables)

@@ -4,12 +4,14 @@ But for one test the service's answers are given by the test, so that each can b
 """
 
 import base64
+import io
 import json
 import mimetypes
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ from pycocotools import mask as coco_mask
 import shardsight.viewer
 from demo.score import rle_of
 from serve.guard import HEADERS
+from shardsight.decode import video
+from shardsight.decode.pictures import decode
 from shardsight.models.yolo.model import Yolo
 from shardsight.row import ROW
+from shardsight.viewer import mp4
 from shardsight.viewer.page import page as build_page
+from tests.clips import encode, number_of, numbered
 from tests.conftest import ROOT, WEIGHTS
-from tests.test_serve import ask, inputs, rows, service  # noqa: F401  (fixtures)
-from tests.test_show import HOSTILE, detection, row
+from tests.test_serve import ask, clip, clip_rows, inputs, rows, service  # noqa: F401  (fixtures)
+from tests.test_show import HOSTILE, detection, frame_rows, row
 from tests.test_yolo import annotated
 
 pytestmark = pytest.mark.slow
@@ -67,11 +73,13 @@ def watched(page: Page, *allowed: str) -> list[str]:
 class Server:
     """Serves the page's own files as the service does, and answers with what a test sets.
 
-    row: of each picture. answers: by prompt. problem: (status, detail), instead of a row. asked: every /v1/annotate.
+    row: of each picture. clip: rows of each clip. answers: by prompt. problem: (status, detail), instead of a row, with
+    the rows of a clip. asked: every /v1/annotate.
     """
 
     def __init__(self) -> None:
         self.row: dict[str, Any] = row("scene.jpg") | dict.fromkeys(["classes", "answers", "metadata", "error"])
+        self.clip: list[dict[str, Any]] = []
         self.answers: dict[str, dict[str, Any]] = {}
         self.problem: tuple[int, str] | None = None
         self.key: str | None = None
@@ -95,7 +103,9 @@ class Server:
         body = (route.request.post_data_buffer or b"").decode("latin1")
         prompt = re.search(r'name="prompt"\r\n\r\n(.*?)\r\n', body)
         if self.problem:
-            route.fulfill(status=self.problem[0], json={"detail": self.problem[1]})
+            route.fulfill(status=self.problem[0], json={"detail": self.problem[1], "rows": self.clip or None})
+        elif 'name="video"' in body:
+            route.fulfill(json={"rows": self.clip})
         else:
             route.fulfill(json=self.row | {"answers": [self.answers[prompt[1]]] if prompt else None})
 
@@ -225,16 +235,18 @@ def test_drop_and_paste(page: Page, server: Server, jpegs: list[bytes], kind: st
 
 def test_samples(page: Page, server: Server) -> None:
     """One click on a sample shows what the service finds; each is small enough to come with the page."""
+    server.clip = TRACKED
     buttons = page.locator("[data-sample]")
     for number in range(buttons.count()):
         buttons.nth(number).click()
-        expect(page.locator("#status")).to_contain_text(f"shapes-{number + 1}.jpg")
-        expect(page.locator(".mark")).to_have_count(1)
+        ending, marks = ("jpg", 1) if number < 3 else ("mp4", 2)
+        expect(page.locator("#status:not(.waiting)")).to_contain_text(f"shapes-{number + 1}.{ending}")
+        expect(page.locator(".mark")).to_have_count(marks)
     buttons.nth(0).click()
     expect(page.locator("#status")).to_contain_text("shapes-1.jpg")
-    assert page.locator("#earlier button").count() == len(server.asked) == 3  # no sample is opened twice
+    assert page.locator("#earlier button").count() == len(server.asked) == 4  # no sample is opened twice
     sizes = [file.stat().st_size for file in (FOLDERS["page"] / "samples").iterdir()]
-    assert buttons.count() == len(sizes) == 3 and max(sizes) < 100_000
+    assert buttons.count() == len(sizes) == 4 and max(sizes) < 100_000
 
 
 def test_questions_are_kept_and_drawn(page: Page, server: Server, jpegs: list[bytes]) -> None:
@@ -377,7 +389,183 @@ def test_light_dark_and_a_phone(page: Page, server: Server, scheme: Any, width: 
     assert outline == "solid" or page.evaluate("document.activeElement === document.body")
 
 
+# --- Clips
+
+MP4 = encode(numbered(50), g="10")
+TRACKED = [
+    one | {"detections": [*one["detections"], detection("star", 0.8, x1=4.0 + one["frame_index"], y1=60.0, track_id=2)]}
+    for one in frame_rows("clip.mp4", "clip.mp4", range(0, 50, 5))
+]
+# The number that is on the picture which a player shows.
+_NUMBER = """(video) => {
+    const context = new OffscreenCanvas(128, 96).getContext("2d", { willReadFrequently: true });
+    context.drawImage(video, 0, 0, 128, 96);
+    const bits = [...Array(8).keys()].map((bit) => context.getImageData(16 * bit + 8, 48, 1, 1).data[0] > 127);
+    return bits.reduce((number, bit) => 2 * number + bit, 0);
+}"""
+
+
+def choose_clip(page: Page, clip: bytes, name: str = "clip.mp4") -> None:  # noqa: F811
+    page.locator("#file").set_input_files({"name": name, "mimeType": "video/mp4", "buffer": clip})
+
+
+def assert_frame(page: Page, index: int, found: list[dict[str, Any]]) -> None:
+    """The player shows that frame, and the boxes of its row."""
+    (wanted,) = (one for one in found if one["frame_index"] == index)
+    expect(page.locator(".player output")).to_contain_text(f"frame {index} at {wanted['pts_seconds']:.2f} s")
+    expect(page.locator(".player title")).to_have_text(re.compile(f"^{re.escape(wanted['id'])}: "))
+    assert drawn(page, "detections") == expected(wanted["detections"], 0)
+    assert page.locator(".player video").evaluate(_NUMBER) == index
+
+
+def test_a_clip(page: Page, server: Server) -> None:
+    """It plays with the boxes of its rows, each at its frame; keys go frame by frame; an identity keeps its colour."""
+    server.clip = TRACKED
+    choose_clip(page, MP4)
+    expect(page.locator("#status")).to_contain_text("2 star tracked · 10 frames, 1.8 s")
+    assert_frame(page, 0, TRACKED)
+    colours = page.locator(".mark").evaluate_all("all => all.map(one => one.getAttribute('stroke'))")
+    assert len(set(colours)) == 2
+    for key, index in ((".", 5), (".", 10), (",", 5)):
+        page.keyboard.press(key)
+        assert_frame(page, index, TRACKED)
+    page.get_by_role("slider", name="Frame").fill("9")
+    assert_frame(page, 45, TRACKED)
+    assert page.locator(".mark").evaluate_all("all => all.map(one => one.getAttribute('stroke'))") == colours
+    assert page.locator("#details").inner_text().startswith("Frame 45 at 1.80 s")
+    page.get_by_role("button", name="Play").click()
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    expect(page.locator(".player output")).not_to_contain_text("frame 45 ")
+    page.locator(".screen").focus()
+    page.keyboard.press(" ")
+    expect(page.get_by_role("button", name="Play")).to_be_visible()
+    page.get_by_role("slider", name="Frame").fill("4")
+    assert_frame(page, 20, TRACKED)
+    assert json.loads(page.locator("#all pre").text_content() or "") == TRACKED
+    assert json.loads(page.locator("#details pre").last.text_content() or "") == TRACKED[4]
+
+
+def test_options_of_a_clip(page: Page, server: Server) -> None:
+    """They are asked for, and are in the command for a shell."""
+    server.clip = TRACKED
+    choose_clip(page, MP4)
+    expect(page.locator("#status")).to_contain_text("10 frames")
+    page.get_by_label("Frames").select_option("2 a second")
+    page.get_by_label("Keep identities").uncheck()
+    expect(page.locator("#status:not(.waiting)")).to_contain_text("10 frames")
+    bodies = [asked.post_data_buffer or b"" for asked in server.asked]
+    assert len(bodies) == 3 and MP4 in bodies[2]
+    assert [b'name="track"\r\n\r\nbotsort' in body for body in bodies] == [True, True, False]
+    assert [b'name="fps"\r\n\r\n2' in body for body in bodies] == [False, True, True]
+    command = page.locator("#curl pre").text_content() or ""
+    for part in ("'video=@\"clip.mp4\"'", "--form fps=2", "--form conf=0.05"):
+        assert part in command
+
+
+def test_a_question_about_a_frame(page: Page, server: Server) -> None:
+    """PaliGemma sees the frame that is shown; its answer stays with that frame."""
+    server.clip, server.answers = TRACKED, {CAPTION["prompt"]: CAPTION}
+    choose_clip(page, MP4)
+    page.get_by_role("slider", name="Frame").fill("3")
+    assert_frame(page, 15, TRACKED)
+    put_question(page, "caption en")
+    expect(page.locator("#questions li")).to_contain_text("frame 15")
+    body = server.asked[-1].post_data_buffer or b""
+    picture = body[body.index(b"\xff\xd8") : body.rindex(b"\xff\xd9") + 2]
+    assert number_of(decode(picture)[0]) == 15
+    expect(page.locator("#details")).to_contain_text("a red <star>")
+    assert_frame(page, 15, TRACKED)
+    page.locator(".screen").focus()
+    page.keyboard.press(".")
+    expect(page.locator("#details")).not_to_contain_text("a red <star>")
+
+
+def test_clips_that_are_refused_or_cannot_be_played(page: Page, server: Server) -> None:
+    """The reason, the rows of what could be decoded, and frames that are stepped through without pictures."""
+    server.problem = 422, "the video is damaged here"
+    server.clip = [*TRACKED[:3], TRACKED[3] | {"error": {"stage": "decode", "type": "x", "message": "y"}}]
+    choose_clip(page, b"no video", "clip.avi")
+    expect(page.locator("#status.wrong")).to_have_text("The video is damaged here.")
+    expect(page.get_by_text("This browser cannot play the video")).to_be_visible()
+    expect(page.locator(".player output")).to_contain_text("1 of 3")
+    page.keyboard.press(".")
+    expect(page.locator(".player title")).to_have_text(re.compile("^clip.mp4@5: "))
+    assert drawn(page, "detections") == expected(TRACKED[1]["detections"], 0)
+    put_question(page, "caption en")
+    expect(page.locator("#questions .error")).to_have_text("There is no frame of this clip to ask about.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 360])
+def test_a_clip_on_a_phone(page: Page, server: Server, scheme: Any, width: int) -> None:
+    server.clip = TRACKED
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    choose_clip(page, MP4)
+    assert_frame(page, 0, TRACKED)
+    page.get_by_text("All rows as JSON").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert_labels_apart(page)
+
+
+def test_a_clip_against_the_service(
+    browser: Browser,
+    service: str,  # noqa: F811
+    clip: bytes,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With the real service: the boxes are those of its rows, which the command for a shell gives, too."""
+    page = browser.new_page(viewport={"width": 1100, "height": 800})
+    wrong = watched(page, service, f"blob:{service}")
+    page.goto(service)
+    choose_clip(page, clip)
+    expect(page.locator("#status")).to_contain_text("tracked · 10 frames")
+    page.keyboard.press(".")
+    expect(page.locator(".player output")).to_contain_text("2 of 10")
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    page.get_by_text("The same with curl").click()
+    command = page.locator("#curl pre").inner_text()
+    said = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout)["rows"]
+    assert json.loads(page.locator("#all pre").text_content() or "") == found
+    expect(page.locator(".player title")).to_have_text(re.compile(f"^{re.escape(found[1]['id'])}: "))
+    assert drawn(page, "detections") == expected(found[1]["detections"], 0.25) != []
+    assert not wrong
+    page.close()
+
+
 # --- A job's page
+
+
+@pytest.mark.parametrize("step", [1, 12])
+def test_videos_of_a_job(report: Callable[..., Page], step: int) -> None:
+    """Of each frame that was annotated, dense or sparse, its picture with its own boxes."""
+    found = frame_rows("v.mp4", "v.mp4", range(0, 50, step))
+    with closing(video.read(io.BytesIO(MP4), video.Sampling())) as frames:
+        small = mp4.encode(frames, set(range(0, 50, step)), mp4.Limits(640, 300, 1 << 20))
+    assert small
+    film = {"picture": PIXEL, "video": small.uri, "problem": None}
+    film["rows"] = [{"model": None, "row": found[0], "frames": found}]
+    page = report([], items=[film, {"picture": PIXEL, "problem": None, "rows": [{"model": None, "row": row("a.jpg")}]}])
+    assert page.locator(".card .title").all_inner_texts() == ["v.mp4", "a.jpg"]
+    expect(page.locator(".card .words").first).to_contain_text(f"1 star tracked · {len(found)} frames")
+    page.locator(".card").first.click()
+    assert_frame_of_job(page, found[0])
+    page.keyboard.press(".")
+    assert_frame_of_job(page, found[1])
+    page.get_by_role("slider", name="Frame").fill(str(len(found) - 2))
+    assert_frame_of_job(page, found[-2])
+    page.get_by_role("slider", name="Frame").press("ArrowRight")
+    assert_frame_of_job(page, found[-1])
+    page.locator("dialog .screen").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("dialog").get_by_role("heading", name="a.jpg")).to_be_visible()
+
+
+def assert_frame_of_job(page: Page, wanted: dict[str, Any]) -> None:
+    expect(page.locator("dialog title")).to_have_text(re.compile(f"^{re.escape(wanted['id'])}: "))
+    expect(page.locator("dialog .details .box")).to_contain_text(f"{wanted['frame_index']}, 20, 60, 80")
+    assert page.locator("dialog video").evaluate(_NUMBER) == wanted["frame_index"]
 
 
 def test_cards_and_layers(report: Callable[..., Page]) -> None:

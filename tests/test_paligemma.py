@@ -23,7 +23,17 @@ from shardsight.models.info import ModelError
 from shardsight.models.paligemma.info import fits, inspect, request_length
 from tests.ask_paligemma import ROOT, Answered, Asked, ask
 from tests.conftest import WEIGHTS
-from tests.small_paligemma import IMAGE_SIZE, PROMPTS, Reference, adapter, as_published, make, pictures, with_head
+from tests.small_paligemma import (
+    IMAGE_SIZE,
+    PROMPTS,
+    Frames,
+    Reference,
+    adapter,
+    as_published,
+    make,
+    pictures,
+    with_head,
+)
 
 TOKENS, LONG = 16, 120  # of an answer; LONG takes more of vLLM's blocks than its prompt does
 SHAPES = [
@@ -31,12 +41,19 @@ SHAPES = [
     (12, {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}),
     (13, {"hidden_size": 96, "head_dim": 64, "intermediate_size": 160}),
 ]
-Pairs = list[tuple[np.ndarray, str]]
+Pairs = list[tuple[Frames, str]]
 
 
 def pairs_of(count: int, seed: int = 0) -> Pairs:
     """Each picture under several prompts in a row."""
     return [(frame, prompt) for frame in pictures(count, seed) for prompt in PROMPTS]
+
+
+def clips_of(count: int, frames: int, seed: int = 0) -> Pairs:
+    """Each prompt about one to `frames` of a few pictures, in any order: some are repeated, in a clip and in others."""
+    random, few = np.random.default_rng(seed), pictures(3 * frames, seed)
+    drawn = [random.choice(len(few), 1 + index % frames) for index in range(count)]
+    return [([few[one] for one in clip], PROMPTS[index % len(PROMPTS)]) for index, clip in enumerate(drawn)]
 
 
 def compare(answered: Answered, reference: Reference, pairs: Pairs, max_tokens: int = TOKENS) -> tuple[int, float]:
@@ -59,15 +76,17 @@ def same(answered: Answered, reference: Reference, pairs: Pairs, max_tokens: int
 
 
 def test_same_tokens_as_hugging_face(tmp_path: Path) -> None:
-    """PaliGemma 1 in the layout of Google's uploads with a LoRA, and 2 as transformers 5 saves it; preempted too."""
+    """PaliGemma 1 in the layout of Google's uploads with a LoRA, and 2 as transformers 5 saves it, of pictures and
+    of clips; preempted too."""
     first = as_published(make(tmp_path / "first", "gemma", seed=3))
     second = make(tmp_path / "second", "gemma2", seed=4)
     endless = make(tmp_path / "endless", "gemma2", seed=5, ends=False)
     lora = adapter(first, tmp_path / "lora")
-    pairs, long = pairs_of(2), pairs_of(1)[:5]
+    pairs, long = pairs_of(1) + clips_of(12, frames=4), pairs_of(1)[:5]
+    limits = {"max_tokens": TOKENS, "batch_size": 4, "clip_frames": 4}
     runs = [
-        Asked(first, pairs, {"adapter": str(lora), "max_tokens": TOKENS, "batch_size": 4}),
-        Asked(second, pairs, {"max_tokens": TOKENS, "batch_size": 4}),
+        Asked(first, pairs, limits | {"adapter": str(lora)}),
+        Asked(second, pairs, limits),
         Asked(endless, long, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
     ]
     with_lora, without, again = ask(runs, tmp_path)
@@ -79,7 +98,8 @@ def test_same_tokens_as_hugging_face(tmp_path: Path) -> None:
 
 def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
     """Of PaliGemma 2 at 896 pixels, whose picture alone fills Gemma 2's window of 4,096 tokens; and of small ones whose
-    window ends within the picture, within the prompt (with a LoRA), and within the answer, preempted too."""
+    window ends within the picture, within the prompt (with a LoRA), and within the answer, preempted too; and of clips
+    whose frames are a window apart."""
     large = make(
         tmp_path / "large", "gemma2", seed=6, size=896, num_hidden_layers=2, sliding_window=4096,
         max_position_embeddings=8192,
@@ -89,16 +109,17 @@ def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
     answer = make(tmp_path / "answer", "gemma2", seed=5, ends=False, sliding_window=60)
     lora = adapter(prompt, tmp_path / "lora")
     pairs, long = pairs_of(1), pairs_of(1)[:5]
+    clips = pairs[:2] + clips_of(8, frames=4)
     limits = {"max_tokens": TOKENS, "batch_size": 4}
     runs = [
         Asked(large, pairs[:2], limits | {"prompt_tokens": 60}),
-        Asked(picture, pairs, limits),
+        Asked(picture, clips, limits | {"clip_frames": 4}),
         Asked(prompt, pairs, limits | {"adapter": str(lora)}),
         Asked(answer, long, {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
     ]
     at_896, in_picture, in_prompt, in_answer = ask(runs, tmp_path)
     same(at_896, Reference(large), pairs[:2])
-    same(in_picture, Reference(picture), pairs)
+    same(in_picture, Reference(picture), clips)
     same(in_prompt, Reference(prompt, lora), pairs)
     assert in_answer.preempted > 0
     same(in_answer, Reference(answer), long, LONG)
@@ -146,6 +167,30 @@ def test_same_tokens_for_many_pairs(kind: str, seed: int, shape: dict[str, Any],
     same(with_lora, Reference(model, lora), pairs)
     assert again.preempted > 0
     same(again, Reference(endless), pairs, LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("seed, shape", SHAPES)
+def test_same_tokens_for_many_clips(kind: str, seed: int, shape: dict[str, Any], tmp_path: Path) -> None:
+    """100 clips a model: each alone, in mixed batches, with a LoRA of the vision tower too, and preempted."""
+    model = make(tmp_path / "model", kind, seed, **shape)
+    endless = make(tmp_path / "endless", kind, seed, ends=False, **shape)
+    lora = adapter(model, tmp_path / "lora", everywhere=True, seed=seed)
+    clips = clips_of(100, frames=6, seed=seed)
+    limits = {"max_tokens": TOKENS, "batch_size": 8, "clip_frames": 6}
+    runs = [
+        Asked(model, clips, limits),
+        Asked(model, clips, limits, alone=True),
+        Asked(model, clips, limits | {"adapter": str(lora)}),
+        Asked(endless, clips, limits | {"max_tokens": LONG, "prompt_tokens": 60}, little=True),
+    ]
+    mixed, alone, with_lora, again = ask(runs, tmp_path)
+    same(mixed, Reference(model), clips)
+    assert [ids for ids, _ in alone.answers] == [ids for ids, _ in mixed.answers]
+    same(with_lora, Reference(model, lora), clips)
+    assert again.preempted > 0
+    same(again, Reference(endless), clips, LONG)
 
 
 @pytest.mark.slow
@@ -216,6 +261,13 @@ def test_most_tokens_of_a_request(tmp_path: Path) -> None:
     assert request_length(at_448, prompt_tokens=256, max_tokens=3000, cuda=True) == 4096
     with pytest.raises(ModelError, match=r"takes 8192 tokens, 4096 of them a picture's.* and 4094 of an answer"):
         request_length(info, prompt_tokens=256, max_tokens=4094, cuda=False)
+    at_224 = replace(info, image_tokens=256)
+    assert request_length(at_224, prompt_tokens=60, max_tokens=60, cuda=True, clip_frames=15) == 15 * 256 + 122
+    with pytest.raises(
+        ModelError, match=r"on a GPU, .* 4096 of them those of a clip's 16 frames.*: ask for fewer frames"
+    ):
+        request_length(at_224, prompt_tokens=60, max_tokens=60, cuda=True, clip_frames=16)
+    assert request_length(at_224, prompt_tokens=256, max_tokens=256, cuda=False, clip_frames=30) == 8192
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
 from shardsight.decode.pictures import decode
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo.model import Yolo
+from tests.clips import decoded, encode
 from tests.conftest import job_of, rows_of
 from tests.small_paligemma import IMAGE_SIZE, Reference, make
 from tests.test_yolo import annotated
@@ -114,3 +116,26 @@ def test_resolutions_that_are_not_there(tmp_path: Path, folder: Path, small: Pat
     ]:
         code, text = annotate(folder, "--output", tmp_path / "out", *arguments)
         assert code == 2 and words in text and text.count("\n") == 1, text
+
+
+def test_clips_of_a_video(tmp_path: Path, jpegs: list[bytes], small: Path, annotate: Annotate) -> None:
+    """Four frames of each 0.4 seconds are asked about together; a picture beside the video alone."""
+    frames = [decode(data, None)[0] for data in jpegs[:24]]
+    frames = [cv2.resize(frame, (160, 128)) for frame in frames]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "v.mp4").write_bytes(clip := encode(frames))
+    (tmp_path / "in" / "x.jpg").write_bytes(jpegs[0])
+    asked = ("--paligemma", small, "--prompt", "ocr", "--clip-frames", 4, "--clip-seconds", 0.4)
+    exact = ("--precision", "fp32", "--no-scaled-decode", "--max-tokens", TOKENS)
+    code, text = annotate(tmp_path / "in", "--output", tmp_path / "out", *asked, *exact)
+    assert code == 0, text
+    rows = {row["frame_index"]: row for row in rows_of(tmp_path / "out")}
+    assert job_of(tmp_path / "out")["exactly_once"] and len(rows) == len(frames) + 1
+    answered = {index: row["answers"][0]["frames"] for index, row in rows.items() if row["answers"]}
+    # The last clip has four frames only, of which each is there once.
+    assert answered == {None: None, 0: [0, 3, 5, 8], 10: [10, 13, 15, 18], 20: [20, 20, 23, 23]}
+    seen = [frame for _, frame in decoded(clip)]
+    reference = Reference(small)
+    for index in (0, 20):
+        answer = rows[index]["answers"][0]
+        assert answer["text"] == said(reference, [seen[number] for number in answer["frames"]], "ocr")

@@ -2,19 +2,25 @@
 
 import asyncio
 import base64
+import copy
 import gzip
+import io
 import json
+import os
+import signal
 import socket
 import subprocess
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 from urllib.parse import quote
 
+import av
 import httpx
 import numpy as np
 import openai
@@ -24,14 +30,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
+from PIL import Image
 
-from serve.arguments import EXAMPLE, Arguments, Options, options
+from serve.arguments import EXAMPLE, Arguments, Options, VideoOptions, options
 from serve.guard import Guard, ProxyProblems, _Unpacker, digest
 from serve.pictures import Pictures, decode_base64
 from serve.problem import MAX_BODY_BYTES, Problem
+from serve.videos import Video, read
+from shardsight.decode.frames import Load
+from shardsight.decode.video import Sampling
 from shardsight.models.info import ModelDied
 from shardsight.object_stores import NoAccess, Rejected, Unavailable
+from shardsight.row import Failure
+from shardsight.storage import Storage
 from tests.chaos.service import within
+from tests.clips import encode, panned
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, free_port, rows_of
 from tests.test_annotate import mixed_inputs
 
@@ -62,8 +75,30 @@ def rows(one_ray: str, inputs: list[tuple[str, bytes]], tmp_path_factory: pytest
     return {Path(row["id"]).name: row for row in rows_of(folder / "out")}
 
 
+EVERY = 3  # frames of the clip
+
+
 @pytest.fixture(scope="module")
-def service(one_ray: str, rows: dict[str, Any], s3: S3) -> Iterator[str]:
+def clip(jpegs: list[bytes]) -> bytes:
+    """24 frames, of which every third is annotated."""
+    return encode(panned(np.asarray(Image.open(io.BytesIO(jpegs[0])).convert("RGB")), 24))
+
+
+@pytest.fixture(scope="module")
+def clip_rows(one_ray: str, clip: bytes, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the job says of the clip, tracked and with captions."""
+    from shardsight.cli import annotate
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "clip.mp4").write_bytes(clip)
+    arguments = [folder / "clip.mp4", "--output", folder / "out", "--precision", "fp32", "--every", EVERY]
+    arguments += ["--yolo", WEIGHTS / "detect.pt", "--track", "botsort", "--paligemma", WEIGHTS / "paligemma"]
+    assert annotate(list(map(str, arguments))) == 0
+    return sorted(rows_of(folder / "out"), key=lambda row: row["frame_index"])
+
+
+@pytest.fixture(scope="module")
+def service(one_ray: str, rows: dict[str, Any], clip_rows: list[dict[str, Any]], s3: S3) -> Iterator[str]:
     """Its address."""
     from ray import serve
 
@@ -77,6 +112,8 @@ def service(one_ray: str, rows: dict[str, Any], s3: S3) -> Iterator[str]:
         paligemma=[str(WEIGHTS / "paligemma")],
         precision="fp32",
         max_bytes=4 << 20,
+        max_video_bytes=6 << 20,
+        max_frames=100,
         allowed_prefixes=["s3://served/public"],
         allowed_origins=[FRONTEND],
         storage=storage,
@@ -434,6 +471,219 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
         assert refused.status_code == 422 and "row" not in refused.json(), name
 
 
+# --- Videos
+
+
+def test_a_video_has_the_rows_of_the_job(
+    ask: httpx.Client, s3: S3, clip: bytes, clip_rows: list[dict[str, Any]]
+) -> None:
+    """In each form in which it may be sent, tracked and with an answer about each frame."""
+    (s3.bucket("served") / "public").mkdir(exist_ok=True)
+    (s3.bucket("served") / "public" / "clip.mp4").write_bytes(clip)
+    asked = {"every": EVERY, "track": "botsort", "prompt": "caption en"}
+    responses = [
+        ask.post("/v1/annotate", files={"video": ("clip.mp4", clip)}, data=asked),
+        ask.post("/v1/annotate", json=asked | {"video": data_uri(clip)}),
+        ask.post("/v1/annotate", json=asked | {"video": "s3://served/public/clip.mp4"}),
+        ask.post("/v1/annotate", params=asked, content=clip, headers={"content-type": "video/mp4"}),
+    ]
+    names = ["clip.mp4", "data:", "s3://served/public/clip.mp4", "video"]
+    assert len(clip_rows) == 24 / EVERY and any(one["track_id"] for row in clip_rows for one in row["detections"])
+    for name, response in zip(names, responses, strict=True):
+        assert response.status_code == 200, response.text
+        for row, theirs in zip(response.json()["rows"], clip_rows, strict=True):
+            assert row["id"] == f"{name}@{row['frame_index']}"
+            assert_alike(row, copy.deepcopy(theirs) | {"id": row["id"], "uri": name}, off=1e-4)
+
+
+def test_videos_and_pictures_at_once(ask: httpx.Client, clip: bytes, jpegs: list[bytes]) -> None:
+    """Each has the rows that it has alone, and each video its own identities."""
+
+    def video(tracker: str | None) -> Any:
+        data = {"track": tracker} if tracker else {}
+        return ask.post("/v1/annotate", files={"video": clip}, data=data).json()["rows"]
+
+    def picture(data: bytes) -> Any:
+        return ask.post("/v1/annotate", files={"image": data}).json()
+
+    trackers = ["tracktrack", "bytetrack", None]
+    alone = [*map(video, trackers), *map(picture, jpegs[:9])]
+    with ThreadPoolExecutor(12) as pool:
+        together = [*pool.map(video, trackers), *pool.map(picture, jpegs[:9])]
+    assert together == alone
+    assert [one["track_id"] for one in alone[0][-1]["detections"]] != [None] * len(alone[2][-1]["detections"])
+    assert not any(one["track_id"] for row in alone[2] for one in row["detections"])
+
+
+def sound() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44_100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44_100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def test_videos_that_are_refused(ask: httpx.Client, clip: bytes, jpegs: list[bytes]) -> None:
+    """With the reason; of a damaged one, the rows of what could be decoded come with it."""
+
+    def refused(data: bytes) -> tuple[int, str, Any]:
+        body = ask.post("/v1/annotate", files={"video": data}).json()
+        return body["status"], body["detail"], body.get("rows")
+
+    assert refused(jpegs[0])[0] == 415
+    assert refused(sound())[:2] == (422, "no video among the streams of the file (audio)")
+    small = np.zeros((64, 64, 3), np.uint8)
+    status, words, _ = refused(encode([small] * 101))
+    assert status == 413 and "101 frames" in words and "fps" in words
+    whole = encode(panned(np.asarray(Image.open(io.BytesIO(jpegs[0])).convert("RGB")), 24), "mpegts", "mpeg2video")
+    status, words, rows = refused(whole[: len(whole) // 2])
+    assert status == 422 and words == rows[-1]["error"]["message"]
+    assert 1 < len(rows) < 24 and all(row["detections"] and not row["error"] for row in rows[:-1])
+
+
+def video_of(data: bytes, load: Load | None = None, **limits: Any) -> Video:
+    load = load or Load(Storage({}))
+    return Video("v", data, load, **{"seconds": 30, "frames": 300, "pixels": 1_000_000} | limits)
+
+
+class Undecoded(Load):
+    def frames(self, record: Any) -> Any:
+        raise AssertionError("it was decoded")
+
+
+def slow_frames(count: int) -> bytes:
+    """A frame a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(count):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format, decoded", [("mp4", False), ("matroska", False), ("avi", True)])
+@pytest.mark.parametrize(
+    "limits, sampling, type",
+    [
+        ({"frames": 19}, Sampling(), "TooManyFrames"),
+        ({"frames": 4}, Sampling(every=4), "TooManyFrames"),
+        ({"seconds": 0.7}, Sampling(), "TooManySeconds"),
+        ({"pixels": 64 * 48 - 1}, Sampling(), "TooManyPixels"),
+        ({"frames": 20, "seconds": 0.8, "pixels": 64 * 48}, Sampling(), None),
+    ],
+)
+def test_limits_of_a_video(format: str, decoded: bool, limits: Any, sampling: Sampling, type: str | None) -> None:
+    """Known before anything is decoded, where the file's packets tell; else while it is decoded."""
+    codec = "mpeg4" if format == "avi" else "libx264"
+    data = encode([np.zeros((48, 64, 3), np.uint8)] * 20, format, codec)
+    kind = Load if decoded or type is None else Undecoded
+    video = video_of(data, kind(Storage({}), sampling=sampling), **limits)
+    if type is None:
+        assert sum(len(table) for table in video.tables()) == 20
+        return
+    with pytest.raises(Failure) as failure:
+        list(video.tables())
+    assert failure.value.type == type
+
+
+def test_hostile_videos() -> None:
+    """A hundred streams, a frame that lasts for days, and thousands of frames in a few bytes."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in range(100)]
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for stream in streams:
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+            container.mux(stream.encode())
+    assert sum(len(table) for table in video_of(file.getvalue()).tables()) == 1
+    with pytest.raises(Failure, match="at most 30 s"):
+        list(video_of(slow_frames(100), Undecoded(Storage({}))).tables())
+    many = encode([np.zeros((16, 16, 3), np.uint8)] * 3000, x264opts="scenecut=0")
+    assert len(many) < 200_000
+    with pytest.raises(Failure, match="at most 300 of a video"):
+        list(video_of(many, Undecoded(Storage({})), seconds=1000).tables())
+
+
+@dataclass(frozen=True)
+class Fatal(Load):
+    """Writes the id of its process to a file, and then dies or never ends."""
+
+    pid: str = ""
+    dies: bool = False
+
+    def frames(self, record: Any) -> Any:
+        Path(self.pid).write_text(str(os.getpid()))
+        if self.dies:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while True:
+            yield from super().frames(record)
+
+
+def test_a_decoder_that_dies_or_never_ends(one_ray: str, clip: bytes, tmp_path: Path) -> None:
+    """Its process alone dies, or is killed with the request that is late."""
+
+    async def rows(dies: bool) -> None:
+        load = Fatal(Storage({}), size=1 << 20, pid=str(tmp_path / "pid"), dies=dies)
+        async with asyncio.timeout(None if dies else 10):
+            async for _ in read(video_of(clip, load, frames=10**9)):
+                pass
+
+    with pytest.raises(Failure, match="process that decoded the video died"):
+        asyncio.run(rows(dies=True))
+    with pytest.raises(TimeoutError):
+        asyncio.run(rows(dies=False))
+    within(30, lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists())
+
+
+def test_more_videos_than_are_processed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond max_videos are told so immediately, and make place again."""
+    from serve.service import Gateway
+
+    gateway = Gateway(Arguments(max_videos=2), {}, [], {})
+
+    async def all_at_once() -> list[Any]:
+        open_ = asyncio.Event()
+
+        async def frames(*_: Any) -> Any:
+            await open_.wait()
+            yield Load.table([])
+
+        monkeypatch.setattr(gateway, "_selected", lambda options: {})
+        monkeypatch.setattr(gateway, "_video", lambda *_: None)
+        monkeypatch.setattr(gateway, "_detected", frames)
+        asked = [asyncio.create_task(gateway.rows("v", b"", VideoOptions())) for _ in range(3)]
+        await asyncio.sleep(0)
+        open_.set()
+        return await asyncio.gather(*asked, gateway.rows("v", b"", VideoOptions()), return_exceptions=True)
+
+    found = asyncio.run(all_at_once())
+    assert [one.status if isinstance(one, Problem) else one for one in found] == [[], [], 429, []]
+    assert gateway.videos == 0
+
+
+def test_options_of_a_video() -> None:
+    """As the job's: conf is lower with a tracker, and a request's sampling takes the place of the server's."""
+    served = Arguments(yolo="a.pt", fps=2)  # type: ignore[call-arg]
+    assert options(served, VideoOptions, {}).fps == 2
+    assert options(served, VideoOptions, {"every": "5"}) == VideoOptions(every=5)
+    assert [options(served, VideoOptions, given).thresholds[0] for given in ({}, {"track": "botsort"})] == [0.25, 0.1]
+    assert options(served, VideoOptions, {"track": "botsort", "conf": 0.3}).thresholds[0] == 0.3
+
+
+def test_videos_are_in_the_api_document(ask: httpx.Client) -> None:
+    annotate = ask.get("/openapi.json").json()["paths"]["/v1/annotate"]["post"]
+    content = annotate["requestBody"]["content"]
+    assert {"image", "video", "track", "fps"} <= set(content["multipart/form-data"]["schema"]["properties"])
+    assert "video/mp4" in content and {"413", "415", "422", "429", "504"} <= set(annotate["responses"])
+    assert "30 s" in annotate["description"] and "100 frames" in annotate["description"]
+
+
 @pytest.mark.parametrize(
     "error, status",
     [(Unavailable("slow"), 503), (NoAccess("no key"), 503), (Rejected("too long"), 422), (PermissionError(), 422)],
@@ -454,11 +704,22 @@ def test_errors_of_a_store(error: Exception, status: int) -> None:
         ({"files": {"image": b"no picture"}}, 415, "no picture format"),
         ({"files": {"image": b""}}, 422, "no bytes"),
         ({"files": {"image": bytes(5 << 20)}}, 413, "at most"),
-        ({"files": {"file": b"x"}}, 422, "a file named 'image': its file is named 'file'"),
+        ({"files": {"file": b"x"}}, 422, "a file named 'image' or 'video': its file is named 'file'"),
         ({"files": {"x": b""}, "data": {"image": "data:"}}, 422, "send a file"),
-        ({"files": {"video": b"x"}}, 415, "videos"),
-        ({"files": {"image": ("a.mp4", b"x", "video/mp4")}}, 415, "videos"),
-        ({"content": b"x", "headers": {"content-type": "video/mp4"}}, 415, "videos"),
+        ({"files": {"video": b"x"}}, 415, "no video format"),
+        ({"files": {"video": b""}}, 415, "no bytes"),
+        ({"files": {"video": bytes(7 << 20)}}, 413, "at most 6,291,456"),
+        ({"json": {"video": data_uri(bytes(5 << 20))}}, 413, "at most 6,291,456"),
+        ({"json": {"image": data_uri(bytes(4300 << 10))}}, 413, "at most 4,194,304"),
+        ({"content": bytes(5 << 20), "headers": {"content-type": "image/jpeg"}}, 413, "at most 4,194,304"),
+        ({"files": {"image": ("a.mp4", b"x", "video/mp4")}}, 415, "send it as video"),
+        ({"content": b"x", "headers": {"content-type": "video/mp4"}}, 415, "no video format"),
+        ({"json": {"video": "s3://elsewhere/a.mp4"}}, 422, "data:video/mp4"),
+        ({"json": {"video": "data:", "image": "data:"}}, 422, "video: unknown"),
+        ({"files": {"video": b"x"}, "data": {"track": "sort"}}, 422, "no tracker sort: choose from botsort"),
+        ({"files": {"video": b"x"}, "data": {"fps": "1", "every": "2"}}, 422, "give one of them"),
+        ({"files": {"video": b"x"}, "data": {"fps": "0"}}, 422, "fps: "),
+        ({"files": {"image": b"x"}, "data": {"fps": "1"}}, 422, "fps: unknown: choose from conf"),
         ({"content": b"x", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415, "image/jpeg"),
         ({"content": b"x", "headers": {"content-type": "image/jpeg", "content-encoding": "br"}}, 415, "gzip"),
         (
@@ -603,7 +864,7 @@ async def _swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def _guard(app: Any = _swallow, **changed: Any) -> Any:
-    limits = Arguments(**{"max_bytes": 100, "deadline": 5.0, "max_concurrent": 2} | changed)
+    limits = Arguments(**{"max_bytes": 100, "max_video_bytes": 100, "deadline": 5.0, "max_concurrent": 2} | changed)
     return Guard(app, limits, [digest("one"), digest("two")], [])
 
 

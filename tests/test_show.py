@@ -3,13 +3,16 @@
 How it looks and what it draws is tested in a browser, in test_page.py.
 """
 
+import base64
 import gzip
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +25,7 @@ from shardsight.row import ROW
 from shardsight.storage import Storage
 from shardsight.viewer.job import BINS, summary
 from shardsight.viewer.page import thumbnail
+from tests.clips import decoded, encode, number_of, numbered
 from tests.conftest import S3, write_tar
 
 HOSTILE = "</script><script>alert(1)</script><b onload='x'>\"&amp; é😀.jpg"
@@ -150,6 +154,114 @@ def test_pictures_that_are_gone_or_broken(tmp_path: Path, jpegs: list[bytes]) ->
     assert len(items) == 4 and not any(item["picture"] for item in items)
     for item in items:
         assert re.fullmatch(r"The picture cannot be shown: (?!None).+", item["problem"])
+
+
+# --- Videos
+
+
+def frame_rows(id: str, uri: str, indices: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows of frames of a clip of 25 a second, each with a box of its own."""
+    return [
+        row(f"{id}@{index}", uri, width=128, height=96, frame_index=index, pts_seconds=index / 25)
+        | {"detections": [detection(x1=float(index), track_id=1)]}
+        for index in indices
+    ]
+
+
+def small_frames(uri: str) -> list[tuple[float, int]]:
+    """(seconds, number of the picture) of the frames of an embedded video."""
+    head, data = uri.split(",", 1)
+    assert head == "data:video/mp4;base64"
+    return [(seconds, number_of(frame)) for seconds, frame in decoded(base64.b64decode(data))]
+
+
+def assert_shown(item: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The item plays the frames of just these rows, at their times."""
+    (only,) = item["rows"]
+    assert [one["id"] for one in only["frames"]] == [one["id"] for one in rows] and only["row"] == only["frames"][0]
+    shown = small_frames(item["video"])
+    start = rows[0]["pts_seconds"]
+    assert [index for _, index in shown] == [one["frame_index"] for one in rows]
+    assert [seconds for seconds, _ in shown] == pytest.approx([one["pts_seconds"] - start for one in rows], abs=0.001)
+
+
+@pytest.mark.parametrize("where", ["folder", "t.tar", "t.parquet", "s3"])
+def test_videos(where: str, s3: S3, tmp_path: Path) -> None:
+    """Wherever a video stands, it is on the page once, with the rows of its frames."""
+    clip, indices = encode(numbered(40)), range(0, 40, 3)
+    if where == "s3":
+        (s3.bucket("films") / "v.mp4").write_bytes(clip)
+        id = uri = "s3://films/v.mp4"
+    else:
+        uri = str(tmp_path / ("v.mp4" if where == "folder" else where))
+        id = {"folder": uri, "t.tar": f"{uri}#v.mp4", "t.parquet": f"{uri}#0"}[where]
+        if where == "folder":
+            Path(uri).write_bytes(clip)
+        elif where == "t.tar":
+            write_tar(Path(uri), [("v.mp4", clip)])
+        else:
+            pq.write_table(pa.table({"image": [clip]}), uri)
+    rows = frame_rows(id, uri, indices)
+    asked = {"configuration": {"storage": {}, "prompt": [], "every": 3}}
+    out = write_job(tmp_path / "out", rows[7:], rows[:7], **asked)  # in several files, not in order
+    assert cli.show([str(out), *(s3.options() if where == "s3" else [])]) == 0
+    (item,) = data_of(out / "page.html")["items"]
+    assert item["problem"] is None and item["picture"].startswith("data:image/jpeg")
+    assert_shown(item, rows)
+
+
+def test_a_video_is_one_of_the_things_shown(tmp_path: Path, jpegs: list[bytes]) -> None:
+    """However many frames it has, pictures beside it are shown, too; of each the first frames, which the page says."""
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    videos = [str(tmp_path / f"{name}.mp4") for name in "bc"]
+    for video in videos:
+        Path(video).write_bytes(encode(numbered(80)))
+    rows = [frame_rows(video, video, range(80)) for video in videos]
+    out = write_job(tmp_path / "out", [*rows[0], row(str(tmp_path / "a.jpg")), *rows[1]])
+    job = json.loads((out / "job.json").read_text())
+    many = summary(str(out), job, 3, Storage())
+    assert [("video" in item) for item in many["items"]] == [True, False, True] and many["note"] == "All of them."
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shardsight.viewer.videos.MOST_FRAMES", 60)
+        items = summary(str(out), job, 3, Storage())["items"]
+    assert items[0]["problem"] == "The first 60 frames are shown."
+    assert_shown(items[0], rows[0][:60])
+    assert summary(str(out), job, 1, Storage())["note"].startswith("1 of 3, ")
+
+
+def test_videos_that_are_gone_broken_or_cut(tmp_path: Path) -> None:
+    """Their rows are shown all the same, with the reason; of a cut one, what is left of it."""
+    names = [str(tmp_path / name) for name in ("gone.mp4", "text.mp4", "cut.mkv")]
+    gone = str(tmp_path / "gone.tar")
+    (tmp_path / "text.mp4").write_text("no video")
+    whole = encode(numbered(40), "matroska", g="5", bf="0")
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    rows = [frame_rows(id, uri, range(40)) for id, uri in [*zip(names, names, strict=True), (f"{gone}#v.mp4", gone)]]
+    out = write_job(tmp_path / "out", *rows)
+    assert cli.show([str(out)]) == 0
+    items = {item["rows"][0]["row"]["uri"]: item for item in data_of(out / "page.html")["items"]}
+    for uri in (names[0], names[1], gone):
+        assert re.fullmatch(r"The video cannot be shown: (?!None).+", items[uri]["problem"])
+        assert items[uri]["video"] is None and len(items[uri]["rows"][0]["frames"]) == 40
+    cut = items[names[2]]
+    shown = len(cut["rows"][0]["frames"])
+    assert 1 < shown < 40 and cut["problem"] == f"The first {shown} frames are shown."
+    assert_shown(cut, rows[2][:shown])
+
+
+def test_size_of_an_embedded_video(tmp_path: Path) -> None:
+    """At most 640 pixels wide, with even sides, whatever the video's; and its bytes are bounded."""
+    (tmp_path / "v.mp4").write_bytes(encode([np.zeros((722, 1282, 3), np.uint8)] * 3))
+    noise = np.random.default_rng(0).integers(0, 255, (20, 96, 128, 3), np.uint8)
+    (tmp_path / "w.mp4").write_bytes(encode(noise, crf="5"))
+    uris = [str(tmp_path / "v.mp4"), str(tmp_path / "w.mp4")]
+    out = write_job(tmp_path / "out", frame_rows(uris[0], uris[0], range(3)), frame_rows(uris[1], uris[1], range(20)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shardsight.viewer.videos.BYTES", 40_000)
+        items = summary(str(out), json.loads((out / "job.json").read_text()), 2, Storage())["items"]
+    sizes = [decoded(base64.b64decode(item["video"].split(",")[1]))[0][1].shape for item in items]
+    assert sizes == [(360, 640, 3), (96, 128, 3)]
+    assert len(items[1]["video"]) < 100_000 and 1 <= len(items[1]["rows"][0]["frames"]) < 20
 
 
 def test_a_job_that_still_runs(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_links_of_every_kind(ending: str, tmp_path: Path) -> None:
 def test_entries_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
     """So that nobody believes that all was done where a caption was not joined or a video was not read."""
     made = [
-        *[member("folder.jpg", type=tarfile.DIRTYPE), member("pipe.jpg", type=tarfile.FIFOTYPE), member("a.mp4", b"v")],
+        *[member("folder.jpg", type=tarfile.DIRTYPE), member("pipe.jpg", type=tarfile.FIFOTYPE), member("a.mp3", b"v")],
         *[member("lone.json", b"{}"), member(".hidden.jpg", b"x"), member("README", b"hi"), member("a.jpg", b"A")],
         *[
             member("b.json", b"", tarfile.SYMTYPE, "gone"),
@@ -292,7 +292,7 @@ def test_entries_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
         **{
             "folders": 1,
             "devices and pipes": 1,
-            ".mp4 files": 1,
+            ".mp3 files": 1,
             ".json files without a picture": 1,
             "hidden files": 1,
         },

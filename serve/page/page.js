@@ -1,28 +1,34 @@
-// The service's page: a picture, what /v1/annotate finds in it, and PaliGemma's answers about it.
+// The service's page: a picture or a clip, what /v1/annotate finds in it, and PaliGemma's answers about it.
 
 import { html, layersOf, layerSample, Picture } from "../viewer/picture.js";
-import { answerText, copied, Details, filters, statistics, View } from "../viewer/viewer.js";
+import { momentOf, Player, PLAYER_KEYS } from "../viewer/player.js";
+import { answerText, copied, describeVideo, Details, filters, statistics, View } from "../viewer/viewer.js";
 
 const CONF = 0.05; // what the server is asked for, so that the slider shows more without asking again
-const KEPT = 12; // pictures, the newest ones
+const KEPT = 12; // pictures and clips, the newest ones
+const TRACKER = "botsort"; // the job's own
+const VIDEOS = /\.(mp4|mov|m4v|mkv|webm|avi|m?ts|m2ts|mpe?g)$/i;
 
 const $ = (id) => document.getElementById(id);
 const view = new View();
 view.least = 0.25;
 const picture = new Picture(view);
-const details = new Details(view, picture);
-const models = { yolo: false, paligemma: false };
-const pictures = []; // {file, url, row, seconds, problem, questions: [{prompt, answer, seconds, problem}]}
+const player = new Player(view, showFrame);
+const details = { picture: new Details(view, picture), clip: new Details(view, player) };
+const models = { yolo: false, paligemma: false, tracks: false };
+// {file, url, row, seconds, problem, questions: [{prompt, answer, seconds, problem}]}; of a clip also `rows`, of all of
+// its frames, and the options with which they were asked for; `row` is then the one that is shown.
+const pictures = [];
 let current = null;
 let shownFilters = null;
 
 // --- The server
 
-async function annotate(file, prompt) {
+/** options: [name, value] of each field besides the file. Throws Error, with the `rows` of a damaged clip. */
+async function annotate(field, file, options) {
   const form = new FormData();
-  form.append("image", file);
-  form.append("conf", CONF);
-  if (prompt) form.append("prompt", prompt);
+  form.append(field, file);
+  for (const [name, value] of options) form.append(name, value);
   const started = performance.now();
   let response;
   try {
@@ -32,14 +38,17 @@ async function annotate(file, prompt) {
   }
   if (response.status === 401) askForKey();
   const body = await response.json().catch(() => null);
-  if (!response.ok || !body) throw new Error(sentence(body?.detail ?? `The server answered ${response.status}.`));
-  return { row: body, seconds: (performance.now() - started) / 1000 };
+  if (!response.ok || !body) {
+    const error = new Error(sentence(body?.detail ?? `The server answered ${response.status}.`));
+    throw Object.assign(error, { rows: body?.rows });
+  }
+  return { found: body, seconds: (performance.now() - started) / 1000 };
 }
 
 const authorization = () => ($("key").value ? { Authorization: `Bearer ${$("key").value}` } : {});
 
 function sentence(text) {
-  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+  return sentenceCase(text) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
 function askForKey() {
@@ -53,6 +62,8 @@ async function findModels() {
   const [yolo, chat] = await Promise.all([ask("v2/models/yolo"), ask("v1/models")]);
   if (chat.status === 401) askForKey();
   models.yolo = yolo.ok;
+  models.tracks = yolo.ok && (await yolo.json()).parameters?.task !== "classify";
+  $("track-choice").hidden = !models.tracks;
   models.paligemma = chat.ok && (await chat.json()).data.length > 0;
   $("questions-box").hidden = !models.paligemma;
 }
@@ -60,7 +71,9 @@ async function findModels() {
 // --- Pictures
 
 async function open(file) {
-  const entry = { file, url: URL.createObjectURL(file), questions: [], row: await blank(file) };
+  const isClip = file.type.startsWith("video/") || VIDEOS.test(file.name);
+  const entry = { file, url: URL.createObjectURL(file), questions: [], row: isClip ? { id: file.name } : await blank(file) };
+  if (isClip) entry.rows = [];
   pictures.unshift(entry);
   for (const old of pictures.splice(KEPT)) URL.revokeObjectURL(old.url);
   select(entry);
@@ -76,31 +89,64 @@ async function blank(file) {
 async function look(entry) {
   await ready;
   if (!models.yolo) return;
-  entry.waiting = true;
-  entry.problem = null;
+  const asked = { waiting: true, problem: null, options: entry.rows ? clipOptions() : [["conf", CONF]] };
+  Object.assign(entry, asked);
   select(current);
   try {
-    const { row, seconds } = await annotate(entry.file);
-    Object.assign(entry, { seconds, row: { ...row, answers: entry.row.answers ?? row.answers } });
+    const { found, seconds } = await annotate(entry.rows ? "video" : "image", entry.file, asked.options);
+    if (entry.options !== asked.options) return; // it was asked for again, with others
+    if (entry.rows) Object.assign(entry, { seconds, rows: found.rows, row: found.rows[0] });
+    else Object.assign(entry, { seconds, row: { ...found, answers: entry.row.answers ?? found.answers } });
   } catch (error) {
+    if (entry.options !== asked.options) return;
+    const good = error.rows?.filter((row) => !row.error) ?? [];
+    if (good.length) Object.assign(entry, { rows: good, row: good[0] });
     entry.problem = error.message;
   }
   entry.waiting = false;
   if (entry === current) select(entry);
 }
 
+/** As the page's controls say. With a tracker, the server's own least score is what the tracker wants. */
+function clipOptions() {
+  const fps = $("fps").value;
+  return [...(fps ? [["fps", fps]] : []), models.tracks && $("track").checked ? ["track", TRACKER] : ["conf", CONF]];
+}
+
+/** A clip's frame is shown. */
+function showFrame(row) {
+  if (!current?.rows) return;
+  current.row = row;
+  showDetails();
+  drawForms();
+}
+
+function showDetails() {
+  const shown = details[current.rows ? "clip" : "picture"];
+  shown.show(current.row, { answers: Boolean(current.rows) });
+  $("details").replaceChildren(...(current.rows?.length ? [html("h3", {}, sentenceCase(momentOf(current.row)))] : []), shown.root);
+}
+
+const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
 /** Show one of the pictures, with all that is known of it. */
 function select(entry) {
+  if (current !== entry) player.stop();
   current = entry;
-  const { row } = entry;
-  $("figure").hidden = !row.width;
-  picture.show(row, entry.url);
+  const { row, rows } = entry;
+  $("figure").hidden = !rows && !row.width;
+  const shown = rows ? player.root : picture.root;
+  if (!shown.isConnected) $("figure").replaceChildren(shown); // moving a video would pause it
+  if (rows) player.show(rows, entry.url);
+  else picture.show(row, entry.url);
   shownFilters?.stop();
-  const layers = statistics([row]);
+  const layers = statistics(rows ?? [row]);
   shownFilters = filters(view, layers);
   $("filters").replaceChildren(shownFilters.root);
-  details.show(row, { answers: false });
-  $("details").replaceChildren(details.root);
+  showDetails();
+  $("clip-box").hidden = !rows;
+  $("all-box").hidden = !rows?.length;
+  if (rows?.length) $("all").replaceChildren(copied(JSON.stringify(rows, null, 2)));
   $("filters-box").hidden = layers.length === 0;
   $("found-box").hidden = false;
   $("curl").replaceChildren(copied(curl(entry)));
@@ -111,21 +157,24 @@ function select(entry) {
 }
 
 function drawStatus() {
-  const { row, problem, waiting, seconds, file } = current;
+  const { row, rows, problem, waiting, seconds, file } = current;
   const count = view.seen({ detections: row.detections }).length;
   const found = row.detections && `${count} ${count === 1 ? "object" : "objects"}`;
   const best = row.classes?.length && `most likely: ${row.classes[0].label}`;
   const size = row.width && `${row.width} × ${row.height} pixels`;
-  const parts = [file.name, size, best || found, seconds != null && `${seconds.toFixed(2)} s`].filter(Boolean);
+  const frames = rows?.length > 0 && describeVideo(view, rows);
+  const parts = [file.name, size, frames || best || found, seconds != null && `${seconds.toFixed(2)} s`].filter(Boolean);
   $("status").textContent = problem ?? (waiting ? `${file.name}: looking … ` : parts.join(" · "));
   $("status").className = problem ? "wrong" : waiting ? "waiting" : "";
 }
 
 function drawEarlier() {
   $("earlier").hidden = pictures.length < 2;
+  const thumbnail = ({ file: { name }, url, rows }) => (rows
+    ? html("video", { src: url, "aria-label": name, title: name, preload: "metadata", tabindex: -1 })
+    : html("img", { src: url, alt: name, title: name }));
   $("earlier").replaceChildren(html("span", { class: "quiet" }, "Earlier:"), ...pictures.map((entry) =>
-    html("button", { type: "button", "aria-current": String(entry === current), onclick: () => select(entry) },
-      html("img", { src: entry.url, alt: entry.file.name, title: entry.file.name }))));
+    html("button", { type: "button", "aria-current": String(entry === current), onclick: () => select(entry) }, thumbnail(entry))));
 }
 
 async function openSample(path) {
@@ -155,22 +204,35 @@ async function ask(event) {
   entry.questions.unshift(asked);
   drawQuestions();
   try {
-    const { row, seconds } = await annotate(entry.file, asked.prompt);
-    const [answer] = row.answers;
-    Object.assign(asked, { answer, seconds });
-    const others = (entry.row.answers ?? []).filter((other) => other.prompt !== answer.prompt);
-    entry.row = { ...row, answers: [...others, answer] };
+    const before = entry.row;
+    const file = entry.rows ? await frameOf(before) : entry.file;
+    const { found, seconds } = await annotate("image", file, [["conf", CONF], ["prompt", asked.prompt]]);
+    const [answer] = found.answers;
+    Object.assign(asked, { answer, seconds, frame: entry.rows && before.frame_index });
+    const answers = [...(before.answers ?? []).filter((other) => other.prompt !== answer.prompt), answer];
+    const row = { ...(entry.rows ? before : found), answers };
+    if (entry.rows) entry.rows = entry.rows.map((other) => (other === before ? row : other));
+    entry.row = row;
   } catch (error) {
     asked.problem = error.message;
   }
   if (entry === current) select(entry);
 }
 
+/** The frame of the clip that is shown, as a picture of its own. */
+async function frameOf(row) {
+  if (!row.width || player.blind) throw new Error("There is no frame of this clip to ask about.");
+  const canvas = new OffscreenCanvas(row.width, row.height);
+  canvas.getContext("2d").drawImage(player.video, 0, 0, row.width, row.height);
+  return new File([await canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 })], `${row.id}.jpg`, { type: "image/jpeg" });
+}
+
 function drawQuestions() {
   $("questions").replaceChildren(...current.questions.map((asked) => {
-    const { prompt, answer, seconds, problem } = asked;
+    const { prompt, answer, seconds, problem, frame } = asked;
     const layer = answer && layersOf({ answers: [answer] })[0];
     const head = html("div", { class: "asked" }, layer && layerSample(view.number(layer.key)), html("span", {}, prompt),
+      frame != null && html("span", { class: "count" }, `frame ${frame}`),
       seconds != null && html("span", { class: "count" }, `${seconds.toFixed(2)} s`));
     const body = problem ? html("p", { class: "error" }, problem) : answer ? answerText(answer) : html("span", { class: "waiting" });
     return html("li", {}, head, body);
@@ -189,16 +251,16 @@ function drawForms() {
 // --- The same from a shell
 
 /** The command that gives the row as it stands here. */
-function curl({ file, questions }) {
+function curl({ file, questions, rows, options }) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const name = `"${file.name.replace(/["\\]/g, "\\$&")}"`;
   const prompts = new Set(questions.filter(({ answer }) => answer).map(({ prompt }) => prompt).reverse());
   return [
     "curl --fail-with-body",
     ...($("key").value ? ['--header "Authorization: Bearer $SHARDSIGHT_API_KEY"'] : []),
-    `--form ${quoted(`image=@${name}`)}`,
-    `--form conf=${CONF}`,
-    ...[...prompts].map((prompt) => `--form-string ${quoted(`prompt=${prompt}`)}`),
+    `--form ${quoted(`${rows ? "video" : "image"}=@${name}`)}`,
+    ...(options ?? [["conf", CONF]]).map(([name, value]) => `--form ${name}=${value}`),
+    ...(rows ? [] : [...prompts]).map((prompt) => `--form-string ${quoted(`prompt=${prompt}`)}`),
     quoted(new URL("v1/annotate", document.baseURI).href),
   ].join(" \\\n  ");
 }
@@ -221,20 +283,22 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
 }
 document.addEventListener("paste", (event) => event.clipboardData.files[0] && open(event.clipboardData.files[0]));
 document.addEventListener("keydown", (event) => {
-  if (!event.target.matches("input:not([type=checkbox], [type=range]), textarea")) view.key(event);
+  if (event.target.matches("input:not([type=checkbox], [type=range]), textarea, select")) return;
+  if (!current?.rows || !player.key(event)) view.key(event);
 });
 view.addEventListener("change", () => {
-  picture.draw();
-  details.update();
+  for (const shown of [picture, player]) shown.draw();
+  for (const shown of Object.values(details)) shown.update();
   if (current) drawStatus();
 });
+for (const id of ["fps", "track"]) $(id).addEventListener("change", () => current?.rows && look(current));
 $("ask").addEventListener("submit", ask);
+$("clip-keys").textContent = PLAYER_KEYS;
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").addEventListener("change", async () => {
   sessionStorage.setItem("key", $("key").value);
   ready = findModels();
   if (current?.problem) look(current);
 });
-$("figure").append(picture.root);
 drawForms();
 let ready = findModels();

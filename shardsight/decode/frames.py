@@ -1,24 +1,34 @@
 """Units → tables of decoded frames. Reading and decoding share a process, so that no encoded bytes are copied."""
 
 import ctypes
+import io
 import json
+import math
 import pickle
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 
+from shardsight.decode import video
 from shardsight.decode.pictures import decode
-from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns
-from shardsight.sources import Record, read
+from shardsight.decode.video import Sampling, VideoFrame
+from shardsight.results.coverage import Ranges
+from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns, frame_of
+from shardsight.sources import Record, ShardFile, names_video, open_file, read
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
 BYTES, ROWS = 64 << 20, 256  # of one table, at most by about a picture more
+TRACKED_BYTES = 16 << 20  # where one process holds tables of several videos
+ROUNDING = 1e-6  # seconds: times are multiples of fractions such as 1/25
+EVERY_FRAME = Sampling()
 
 
 class Input(Protocol):
@@ -46,42 +56,99 @@ class Largest:
 
 
 @dataclass(frozen=True)
+class Clips:
+    """PaliGemma is asked about `count` frames of each `seconds` together: about the first at or after each
+    seconds / count; if there are fewer, they are repeated in place."""
+
+    count: int
+    seconds: float
+    input: Input
+
+    def gather(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """A video's rows, in order → the same; the first of each clip follows the others, with its frames in `clip`."""
+        first: dict[str, Any] | None = None
+        chosen: list[dict[str, Any]] = []
+        clip = -1
+        for row in rows:
+            if row["error"]:
+                yield row
+                continue
+            seconds = row["pts_seconds"] + ROUNDING
+            now = math.floor(seconds / self.seconds)
+            if first is None or now != clip:
+                if first:
+                    yield self.with_clip(first, chosen)
+                first, chosen, clip = row, [], now
+            elif first:
+                yield row
+            due = clip * self.seconds + len(chosen) * self.seconds / self.count
+            if not chosen or (len(chosen) < self.count and seconds >= due):
+                frame = frame_of(row["frame"], row["frame_height"], row["frame_width"])
+                frame = self.input.shrink(frame, row["width"], row["height"])
+                columns = frame_columns(frame, 0, 0)
+                names = ("frame", "frame_width", "frame_height")
+                chosen.append({name: columns[name] for name in names} | {"frame_index": row["frame_index"]})
+        if first:
+            yield self.with_clip(first, chosen)
+
+    def with_clip(self, row: dict[str, Any], chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        return row | {"clip": [chosen[number * len(chosen) // self.count] for number in range(self.count)]}
+
+
+@dataclass(frozen=True)
 class Load:
     """Reads and decodes units.
 
-    input: the model's, for which frames are shrunk; without, they keep their size. scaled: decode JPEGs no larger than
-    the model needs. keep_images: keep the encoded bytes in the row.
+    input: the model's, for which frames are shrunk; without, they keep their size. scaled: decode JPEGs and videos no
+    larger than the model needs. keep_images: keep the encoded bytes in the row, of a video's frame a JPEG. sampling:
+    which frames of a video. size: of one table, in bytes.
     """
 
     storage: Storage
     input: Input | None = None
     scaled: bool = True
     keep_images: bool = False
+    sampling: Sampling = EVERY_FRAME
+    clips: Clips | None = None
+    size: int = BYTES
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with pickled Units in the column `unit` → tables of TABLE."""
         default_fatal_signals()
-        rows: list[dict[str, Any]] = []
-        held = 0
-        for pickled in batch["unit"].to_pylist():
-            for record in read(pickle.loads(pickled), self.storage):
-                rows.append(self.row(record))
-                held += len(rows[-1].get("frame") or b"") + len(rows[-1]["image"] or b"")
-                if held > BYTES or len(rows) == ROWS:
-                    yield self.table(rows)
-                    rows, held = [], 0
-        yield self.table(rows)
+        units = map(pickle.loads, batch["unit"].to_pylist())
+        records = chain.from_iterable(read(unit, self.storage) for unit in units)
+        return self.tables(chain.from_iterable(map(self.rows, records)))
+
+    def tables(self, rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
+        """Rows as from `rows` → tables of TABLE, of about `size`; the last one may be empty."""
+        held: list[dict[str, Any]] = []
+        size = 0
+        for row in rows:
+            held.append(row)
+            size += len(row.get("frame") or b"") + len(row["image"] or b"")
+            size += sum(len(frame["frame"]) for frame in row.get("clip") or [])
+            if size > self.size or len(held) == ROWS:
+                yield self.table(held)
+                held, size = [], 0
+        yield self.table(held)
+
+    def rows(self, record: Record) -> Iterator[dict[str, Any]]:
+        """A record as rows of TABLE, where missing columns are null: of a picture one, of a video one per frame. A
+        failure is an `error` and no frame."""
+        if record.failure or not _is_video(record):
+            yield self.row(record)
+        elif self.clips:
+            rows = self.clips.gather(self.frames(replace(record, done=[])))
+            yield from (row for row in rows if not _within(record.done, row["frame_number"]))
+        else:
+            yield from self.frames(record)
 
     def row(self, record: Record) -> dict[str, Any]:
-        """One record as a row of TABLE, where missing columns are null; a failure is an `error` and no frame."""
-        row: dict[str, Any] = {"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None}
-        row |= {"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version}
-        row |= {"frame_number": 0, "last_frame": True}
-        row |= {"ignored": json.dumps(record.ignored) if record.ignored else None}
-        row |= {"image": record.data if self.keep_images else None}
-        row |= {"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]}
+        """A picture's row."""
+        row = self.blank(record)
         if record.failure:
             return row | {"error": record.failure.row("read")}
+        row |= {"image": record.data if self.keep_images else None}
         clock, cpu = time.perf_counter(), time.thread_time()
         try:
             row |= frame_columns(*self.decode(record.data or b""))
@@ -90,6 +157,66 @@ class Load:
         clock, cpu = time.perf_counter() - clock, time.thread_time() - cpu
         return row | {"decode_clock_seconds": clock, "decode_cpu_seconds": cpu}
 
+    def frames(self, record: Record) -> Iterator[dict[str, Any]]:
+        """A video's rows in order, without those of `record.done`. Raises the errors of Storage."""
+        try:
+            file = (
+                io.BytesIO(record.data) if record.data is not None else open_file(record.video_uri or "", self.storage)
+            )
+        except Failure as failure:
+            yield self.blank(record) | {"error": failure.row("read")}
+            return
+        with file:
+            needed = self.input.needed_size if self.input and self.scaled else None
+            frames = video.read(file, self.sampling, needed, record.part, record.done)
+            before = time.perf_counter(), time.thread_time()
+            for frame in frames:
+                if frame.failure and isinstance(file, ShardFile):
+                    file.check()  # of a store that fails, not of the video
+                rows = self.lost(record, frame) if frame.failure else [self.frame(record, frame)]
+                now = time.perf_counter(), time.thread_time()
+                spent = {"decode_clock_seconds": now[0] - before[0], "decode_cpu_seconds": now[1] - before[1]}
+                yield from (row | spent for row in rows)
+                before = time.perf_counter(), time.thread_time()
+
+    def frame(self, record: Record, frame: VideoFrame) -> dict[str, Any]:
+        """The row of a video's frame."""
+        assert frame.frame is not None
+        row = self.blank(record) | {"id": f"{record.id}@{frame.index}", "frame_index": frame.index}
+        row |= {"pts_seconds": frame.pts_seconds, "frame_number": frame.number, "last_frame": frame.last}
+        if self.keep_images:
+            row["image"] = simplejpeg.encode_jpeg(np.ascontiguousarray(frame.frame), quality=95)
+        shrunk = self.input.shrink(frame.frame, frame.width, frame.height) if self.input else frame.frame
+        return row | frame_columns(shrunk, frame.width, frame.height)
+
+    def lost(self, record: Record, frame: VideoFrame) -> Iterator[dict[str, Any]]:
+        """The row of a frame that cannot be decoded, which ends the video; or which ends a part that others follow:
+        then the rest of its frames have rows of their own."""
+        assert frame.failure
+        part = record.part
+        stop = part.stop if part and part.end is not None else frame.number + 1
+        for number in range(frame.number, stop):
+            row = self.failed(record, number, frame.failure, frame.index + number - frame.number)
+            yield row | {"last_frame": stop == frame.number + 1}
+
+    def failed(self, record: Record, number: int, failure: Failure, index: int | None = None) -> dict[str, Any]:
+        """The error row of a record, or of a video's sampled frame `number`, which is then the last. index: among all
+        of its frames, where known."""
+        row = self.blank(record) | {"error": failure.row("decode"), "frame_number": number}
+        if not number and not index:  # there are no frames
+            return row
+        if index is None and not (self.sampling.fps or self.sampling.keyframes):
+            index = number * (self.sampling.every or 1)
+        return row | {"frame_index": index, "id": f"{record.id}@{f'#{number}' if index is None else index}"}
+
+    def blank(self, record: Record) -> dict[str, Any]:
+        """The columns of a record, as of a picture."""
+        row: dict[str, Any] = {"id": record.id, "uri": record.uri, "metadata": record.metadata, "error": None}
+        row |= {"unit": record.unit, "record": record.index, "last_record": record.last, "version": record.version}
+        row |= {"frame_number": 0, "last_frame": True, "image": None}
+        row |= {"ignored": json.dumps(record.ignored) if record.ignored else None}
+        return row | {"read_clock_seconds": record.seconds[0], "read_cpu_seconds": record.seconds[1]}
+
     def decode(self, data: bytes) -> tuple[np.ndarray, int, int]:
         """Encoded bytes → frame, RGB uint8 (h, w, 3), and the full picture's width and height. Raises Failure."""
         frame, width, height = decode(data, self.input.needed_size if self.input and self.scaled else None)
@@ -97,8 +224,18 @@ class Load:
 
     @staticmethod
     def table(rows: list[dict[str, Any]]) -> pa.Table:
-        """Rows as from `row` → a table of TABLE."""
+        """Rows as from `rows` → a table of TABLE."""
         return pa.Table.from_pylist(rows, TABLE)
+
+
+def _is_video(record: Record) -> bool:
+    if record.video_uri is not None or record.unit is None:  # a loose file was listed as what its name says
+        return record.video_uri is not None
+    return names_video(record.id) or video.is_video((record.data or b"")[:1024])
+
+
+def _within(ranges: Ranges, number: int) -> bool:
+    return any(start <= number < stop for start, stop in ranges)
 
 
 def default_fatal_signals() -> None:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from shardsight.decode.frames import Largest, Load
+from shardsight.decode.frames import BYTES, TRACKED_BYTES, Clips, Input, Largest, Load
+from shardsight.decode.video import Sampling
 from shardsight.errors import UsageError
 from shardsight.models.paligemma import info as paligemma
 from shardsight.models.paligemma.info import PaliGemmaInfo
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo import info as yolo
 from shardsight.models.yolo.info import YoloInfo
+from shardsight.models.yolo.trackers import needs_pixels, tracker_settings
 from shardsight.settings import Models
 from shardsight.storage import Storage
 
@@ -19,14 +21,18 @@ def inspect(settings: Models) -> ModelInfos:
     """What each model is, in the order in which pictures pass through them. Raises ModelError, UsageError."""
     models: ModelInfos = {}
     if settings.yolo:
-        models["yolo"] = yolo.inspect(settings.yolo, settings.imgsz)
+        models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz)
+        if settings.track and info.task == "classify":
+            raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
     resolutions: dict[int, PaliGemmaInfo] = {}
     for path in settings.paligemma:
-        info = paligemma.inspect(path, settings.revision, settings.adapter)
-        size = info.input.size
+        asked = paligemma.inspect(path, settings.revision, settings.adapter)
+        size = asked.input.size
         if size in resolutions:
             raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
-        resolutions[size] = info
+        resolutions[size] = asked
+        if settings.clip_frames:
+            paligemma.request_length(asked, 1, settings.max_tokens, cuda=False, clip_frames=settings.clip_frames)
     if settings.resolution != "auto" and resolutions:
         size = int(settings.resolution)
         if size not in resolutions:
@@ -53,7 +59,20 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
 
 
 def loader(models: ModelInfos, settings: Models, storage: Storage, keep_images: bool = False) -> Load:
-    """What reads and decodes pictures at the size that these models need."""
+    """What reads and decodes pictures and videos at the size that these models need."""
     inputs = tuple(model.input for model in models.values())
-    scaled = settings.scaled_decode and settings.on != "regions"  # regions are cropped from the original
-    return Load(storage, inputs[0] if len(inputs) == 1 else Largest(inputs), scaled, keep_images)
+    input: Input | None = inputs[0] if len(inputs) == 1 else Largest(inputs)
+    if settings.track and needs_pixels(tracker_settings(settings.track, settings.track_config)):
+        input = None  # frames keep their size
+    clips = None
+    if settings.clip_frames and settings.clip_seconds:
+        clips = Clips(settings.clip_frames, settings.clip_seconds, models["paligemma"].input)
+    return Load(
+        storage,
+        input,
+        settings.scaled_decode and settings.on != "regions",  # regions are cropped from the original
+        keep_images,
+        Sampling(settings.fps, settings.every, settings.keyframes),
+        clips,
+        TRACKED_BYTES if settings.track else BYTES,
+    )

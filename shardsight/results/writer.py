@@ -144,6 +144,17 @@ class Results:
             if not units.isdisjoint(coverage.units) or coverage.has(files).any():
                 self._keep(path, coverage, keep)
 
+    def drop_records(self, records: set[tuple[str, int]]) -> None:
+        """Remove the rows of records, (unit, number)."""
+
+        def keep(evidence: pa.Table) -> np.ndarray:
+            names = zip(evidence["unit"].to_pylist(), evidence["record"].to_pylist(), strict=True)
+            return np.array([name not in records for name in names])
+
+        for path, coverage in self.files():
+            if any(unit in coverage.units for unit, _ in records):
+                self._keep(path, coverage, keep)
+
     def _keep(self, path: str, coverage: Coverage, keep: Callable[[pa.Table], np.ndarray]) -> None:
         """Rewrite a file with some of its rows: in place, so that no reader sees a row twice or misses the file. If no
         row is left, remove it. keep: table of _EVIDENCE, a row for each of the file's → which to keep, bool (n,)."""

@@ -127,6 +127,11 @@ def fetch(uri: str, storage: Storage) -> bytes:
         raise failure_of(uri, error) from None
 
 
+def open_file(uri: str, storage: Storage) -> BinaryIO:
+    """A file of any kind; one of the web is read whole. Raises as `fetch`."""
+    return io.BytesIO(web.fetch(uri)) if web.is_web(uri) else ShardFile(uri, storage)
+
+
 def size_of(path: str) -> int:
     """Bytes of a local file. Raises Failure for devices, pipes and sockets, which may never end; else OSError or
     ValueError."""

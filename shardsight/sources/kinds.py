@@ -9,7 +9,8 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
-from shardsight.decode.pictures import ENDINGS
+from shardsight.decode import pictures as picture_formats
+from shardsight.decode import video
 from shardsight.row import Failure
 from shardsight.sources import parquet, tar
 from shardsight.sources.files import ShardFile, failure_of, fetch, read_files
@@ -23,19 +24,19 @@ Reader = Callable[[Unit, ShardFile, Storage, Wanted, "Counter[str]"], Iterator[R
 
 @dataclass(frozen=True)
 class Kind:
-    """endings: of files' names, in lower case. reader: None for loose files, of which each is one record."""
+    """endings: of files' names, in lower case. reader: None where a file is one record."""
 
     endings: Iterable[str]
     reader: Reader | None
 
 
 KINDS = {
-    "files": Kind(ENDINGS, None),
+    "files": Kind(picture_formats.ENDINGS, None),
+    "video": Kind(video.ENDINGS, None),
     "tar": Kind((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tzst"), tar.records),
     "parquet": Kind((".parquet", ".parq"), parquet.records),
 }
 LISTS = (".txt", ".csv", ".jsonl")
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 _KIND_OF = {ending: kind for kind, known in KINDS.items() for ending in known.endings}
 
@@ -54,6 +55,13 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
 
     A record that cannot be read has a failure, and a tar or Parquet file without records yields one with a failure.
     """
+    if unit.kind == "video":
+        if unit.skip:
+            return
+        name = printable(unit.uri or "")
+        record = Record(name, 0, name, name, video_uri=unit.uri, last=True, version=unit.version, part=unit.part)
+        yield replace(record, done=unit.frames.get(0, []))
+        return
     if KINDS[unit.kind].reader is None:
         yield from read_files(unit, storage)
         return
@@ -66,7 +74,7 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
     records = _records(unit, storage, pending if payload else lambda *_: False, ignored)
     for record in _timed(_with_last(islice(records, unit.stop), ignored)):
         if pending(record.index, None):
-            yield replace(record, version=unit.version)
+            yield replace(record, version=unit.version, done=unit.frames.get(record.index, []))
 
 
 def pictures(

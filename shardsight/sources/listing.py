@@ -17,13 +17,13 @@ from itertools import chain, islice
 import numpy as np
 from fsspec.utils import glob_translate
 
-from shardsight.results.coverage import Coverage, Hashes, hashes, versions
+from shardsight.results.coverage import Coverage, Hashes, UnitCoverage, hashes, versions
 from shardsight.sources.files import AHEAD
-from shardsight.sources.kinds import LISTS, VIDEOS, kind_of, read
+from shardsight.sources.kinds import LISTS, kind_of, read
 from shardsight.sources.lists import read_list
 from shardsight.sources.parquet import is_results
 from shardsight.sources.tar import reason
-from shardsight.sources.units import InputError, Unit, absolute, printable, resolve
+from shardsight.sources.units import InputError, Unit, absolute, names_video, printable, resolve
 from shardsight.sources.web import is_web
 from shardsight.storage import Entry, Storage, StorageError, explain, is_hidden, is_remote
 
@@ -53,7 +53,8 @@ class Listing:
     """The inputs' files, listed once, when they are first needed.
 
     limit: on the number of records. exclude: prefix of the job's own output, which is not listed. files: every loose
-    file. units: the name of every tar and Parquet file. ignored: reason → how many of the files found hold no pictures.
+    picture. units: the name of every video, tar and Parquet file. ignored: reason → how many of the files found hold
+    neither pictures nor videos.
     """
 
     inputs: list[str]
@@ -98,7 +99,8 @@ class Listing:
         self.check()
         for name, unit in self._units.items():
             if not done.complete(name):
-                yield replace(unit, skip=done.units[name].records if name in done.units else [])
+                before = done.units.get(name, UnitCoverage())
+                yield replace(unit, skip=before.records, frames=before.frames)
         left = chain.from_iterable(page.select(~done.has(page.hashes)) for page in self._pages)
         while group := list(islice(left, GROUP)):
             names, known = zip(*group, strict=True)
@@ -127,6 +129,7 @@ class Listing:
                     image_column=self.image_column,
                     folder=os.getcwd(),
                     version=entry.version,
+                    size=entry.size,
                 )
                 if remaining is not None:
                     count = sum(1 for _ in islice(read(unit, self.storage, payload=False), remaining))
@@ -152,7 +155,7 @@ class Listing:
         if first is None:
             others = ", ".join(f"{count:,} {why}" for why, count in (self.ignored - before).items())
             but = others and f", but {others}"
-            raise InputError(f"{text} holds no pictures, tars or Parquet files{but}: give another input")
+            raise InputError(f"{text} holds no pictures, videos, tars or Parquet files{but}: give another input")
         return chain([first], entries)
 
     def _expand(self, uri: str) -> Iterator[Entry]:
@@ -172,8 +175,6 @@ class Listing:
 
     def _named(self, uri: str) -> Iterator[Entry]:
         """A file that is itself an input, or lists inputs."""
-        if uri.lower().endswith(VIDEOS):
-            raise InputError(f"{uri} is a video, which this version cannot read: give pictures")
         if kind_of(uri) == "parquet" and is_results(uri, self.storage):
             raise InputError(f"{uri} holds the results of a job, which are no input: give the pictures themselves")
         yield from self._of_list(uri) if uri.lower().endswith(LISTS) else [self.storage.info(uri)]
@@ -217,4 +218,6 @@ class Listing:
 
 def _kind(uri: str) -> str:
     """The kind of an input that is read whatever its ending."""
+    if names_video(uri):
+        return "video"
     return "files" if is_web(uri) else kind_of(uri) or "files"

@@ -13,7 +13,7 @@ from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
 from shardsight.sources.files import ShardFile, ahead, fetch
 from shardsight.sources.metadata import as_json, values
-from shardsight.sources.units import Record, Unit, Wanted, printable, resolve
+from shardsight.sources.units import Record, Unit, Wanted, names_video, printable, resolve
 from shardsight.storage import Storage
 
 ROWS = 16  # read at once
@@ -149,6 +149,8 @@ class _Reader:
         if isinstance(cell, bytes):
             return replace(record, data=cell)
         uri = resolve(str(cell), self.unit.uri or "", self.unit.folder or os.getcwd())
+        if names_video(uri):
+            return replace(record, video_uri=uri, uri=printable(uri))
         return replace(record, data=fetch(uri, self.storage), uri=printable(uri))
 
 

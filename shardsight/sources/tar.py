@@ -1,4 +1,4 @@
-"""Tars, plain or compressed, as WebDataset's samples: each picture is a record, the files beside it its metadata."""
+"""Tars, plain or compressed, as WebDataset's samples: each picture or video is a record, what is beside it metadata."""
 
 import json
 import posixpath
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardsight.decode.pictures import ENDINGS
+from shardsight.decode import pictures, video
 from shardsight.row import Failure, digest
 from shardsight.sources.archive import Archive, Member
 from shardsight.sources.files import ShardFile
@@ -16,6 +16,7 @@ from shardsight.sources.metadata import dumps, plain
 from shardsight.sources.units import Record, Unit, Wanted, printable
 from shardsight.storage import Storage
 
+ENDINGS = pictures.ENDINGS.union(video.ENDINGS)
 SIDECARS = ("json", "txt", "cls")  # endings of the files that become a sample's metadata
 MAX_SIDECAR = 16 << 20  # bytes
 

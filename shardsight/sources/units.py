@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
+from shardsight.decode import video
 from shardsight.errors import UsageError
 from shardsight.results.coverage import Ranges, merge
 from shardsight.row import Failure
@@ -22,11 +23,13 @@ class InputError(UsageError):
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads from its start: a tar, a Parquet file, or a group of loose files (`uri` is then None).
+    """What one task reads from its start: a tar, a Parquet file, a video or a part of it, or a group of loose files
+    (`uri` is then None).
 
     kind: a key of sources.kinds.KINDS. versions: of `files`, in their order. skip: positions of records that are done.
-    stop: the number of records to which `--limit` cuts it. uri_column, image_column: of a Parquet file, as the user
-    named them. folder: the job's working directory, for relative paths in a Parquet file. version: of the file `uri`.
+    frames: record → frames that are done, of videos that are done in part. stop: the number of records to which
+    `--limit` cuts it. part: of a video. uri_column, image_column: of a Parquet file, as the user named them. folder:
+    the job's working directory, for relative paths in a Parquet file. version, size in bytes: of the file `uri`.
     """
 
     kind: str
@@ -34,11 +37,14 @@ class Unit:
     files: tuple[str, ...] = ()
     versions: tuple[str | None, ...] = ()
     skip: Ranges = field(default_factory=list)
+    frames: dict[int, Ranges] = field(default_factory=dict)
     stop: int | None = None
+    part: video.Part | None = None
     uri_column: str | None = None
     image_column: str | None = None
     folder: str | None = None
     version: str | None = None
+    size: int | None = None
 
     def without(self, positions: Iterable[int]) -> "Unit":
         """The unit less some of its records. Positions in a group of loose files then start at 0 again."""
@@ -55,11 +61,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Record:
-    """One encoded picture, `data`, or the `failure` that explains why there is none.
+    """One encoded picture or video, `data`; or a video that is yet to be opened, `video_uri`; or the `failure` that
+    explains why there is none.
 
     unit, index: its place. last: whether it is the unit's last record. version: of the file that it is read from, if
-    known. ignored: with the last record, how many entries of the unit hold no picture, by reason. seconds: (wall clock,
-    CPU) that reading took.
+    known. part, done: of a video, the part that is wanted, and the numbers of the frames that are done. ignored: with
+    the last record, how many entries of the unit hold no picture, by reason. seconds: (wall clock, CPU) that reading
+    took.
     """
 
     unit: str | None
@@ -67,10 +75,13 @@ class Record:
     id: str
     uri: str
     data: bytes | None = None
+    video_uri: str | None = None
     failure: Failure | None = None
     metadata: str | None = None
     last: bool = False
     version: str | None = None
+    part: video.Part | None = None
+    done: Ranges = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     seconds: tuple[float, float] = (0.0, 0.0)
 
@@ -81,6 +92,12 @@ def printable(uri: str) -> str:
         return uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
         return uri.encode("utf-8", "backslashreplace").decode()
+
+
+def names_video(uri: str) -> bool:
+    """Whether a path or uri has a video's ending; in one of the web, before its query."""
+    path = urlsplit(uri).path if uri.startswith(("http://", "https://")) else uri
+    return path.lower().endswith(video.ENDINGS)
 
 
 def too_large(size: int) -> Failure:

@@ -1,4 +1,4 @@
-"""The page of a job: its numbers, histograms of labels and scores, errors by kind, and some of its pictures."""
+"""The page of a job: its numbers, histograms of labels and scores, errors by kind, and some pictures and videos."""
 
 import os
 from collections import Counter, defaultdict
@@ -18,6 +18,7 @@ from shardsight.row import Failure
 from shardsight.sources import pictures
 from shardsight.storage import Storage, StorageError, explain, is_remote
 from shardsight.viewer.page import page, thumbnail
+from shardsight.viewer.videos import Videos, video_of, videos_of
 
 BINS = 20  # of scores from 0 to 1, as in viewer.js
 EXAMPLES = 5  # of each kind of error
@@ -25,7 +26,7 @@ SIDE, SMALL_SIDE = 1024, 640  # pixels of a picture; the smaller if there are mo
 MANY = 100
 RETRY_SECONDS = 10.0  # short, as somebody waits for the page
 # The columns that are counted, without masks and pictures, which make up most of a file.
-_COUNTED = ["id", "error", "classes"]
+_COUNTED = ["id", "frame_index", "error", "classes"]
 _COUNTED += [f"detections.list.element.{name}" for name in ("label", "score")]
 _COUNTED += [f"answers.list.element.{name}" for name in ("prompt", "detections.list.element.label")]
 _COUNTED += ["answers.list.element.detections.list.element.score"]
@@ -37,8 +38,8 @@ def show(
     """Write the page of a job, finished or not, and return where.
 
     out: the job's output, a folder or a prefix in a store. target: the file to write; by default OUT/page.html, or
-    page.html in the current folder if OUT is in a store. count: pictures on the page, evenly spread over all rows.
-    storage: options for fsspec, which override those in job.json. Raises UsageError and StorageError.
+    page.html in the current folder if OUT is in a store. count: pictures and videos on the page, evenly spread over
+    all. storage: options for fsspec, which override those in job.json. Raises UsageError and StorageError.
     """
     if count < 0:
         raise UsageError(f"--count {count}: expected 0 or more pictures")
@@ -71,8 +72,15 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
         raise UsageError(f"{out} holds no results yet: show it once rows are written")
     chosen = list(_chosen(files, count, storage))
     side = SIDE if count <= MANY else SMALL_SIDE
-    seen = _pictures(chosen, storage, side, job["configuration"].get("image_column"))
-    items = [{**seen[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]} for row in chosen]
+    stills = [row for row in chosen if row["frame_index"] is None]
+    seen = _pictures(stills, storage, side, job["configuration"].get("image_column"))
+    videos = Videos([row for row in chosen if row["frame_index"] is not None], counts.videos, job, storage).items()
+    items = [
+        {**seen[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]}
+        if row["frame_index"] is None
+        else videos[video_of(row["id"])]
+        for row in chosen
+    ]
     good = sum(len(rows) for _, rows in files)
     models = (model["path"].rstrip("/").rpartition("/")[2] for model in job["models"].values())
     shown = "All of them." if len(items) == good else f"{len(items):,} of {good:,}, evenly spread; --count shows more."
@@ -89,18 +97,21 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
 
 @dataclass
 class _Counts:
-    """found: (layer, label, bin of the score) → number of detections; the bin is -1 if there is no score.
+    """videos: id → the results files with its rows. found: (layer, label, bin of the score) → number of detections; the
+    bin is -1 if there is no score.
 
     layer: "detections", "classes" or "answer PROMPT".
     """
 
     rows: int = 0
+    videos: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     found: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     errors: Counter[tuple[str, str]] = field(default_factory=Counter)
     examples: dict[tuple[str, str], list[dict[str, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def add_file(self, path: str, storage: Storage) -> np.ndarray:
-        """Count the rows of a results file; returns the indices of those without an error, int64 (n,)."""
+        """Count the rows of a results file; returns the indices of those without an error, of a video's the first,
+        int64 (n,)."""
         good = []
         with storage.open(path) as file:
             first = 0
@@ -108,10 +119,23 @@ class _Counts:
                 failed = pc.is_valid(batch["error"])
                 self._add_errors(batch.filter(failed))
                 self._add_found(batch)
-                good.append(first + np.flatnonzero(~failed.to_numpy(zero_copy_only=False)))
+                good.append(first + self._shown(batch, ~failed.to_numpy(zero_copy_only=False), path))
                 first += len(batch)
             self.rows += first
         return np.concatenate([np.empty(0, np.int64), *good])
+
+    def _shown(self, batch: pa.RecordBatch, good: np.ndarray, path: str) -> np.ndarray:
+        """Of the rows that are `good` the indices of pictures, and of the first frames of videos that are new."""
+        framed = pc.is_valid(batch["frame_index"]).to_numpy(zero_copy_only=False)
+        places = np.flatnonzero(good & framed)
+        videos = videos_of(batch["id"].take(places)).dictionary_encode()
+        new = []
+        for number, at in zip(*np.unique(videos.indices.to_numpy(), return_index=True), strict=True):
+            files = self.videos[videos.dictionary[number].as_py()]
+            if not files:
+                new.append(places[at])
+            files.add(path)
+        return np.sort(np.concatenate([np.flatnonzero(good & ~framed), np.array(new, np.int64)]))
 
     def _add_errors(self, failed: pa.RecordBatch) -> None:
         for row in failed.select(["id", "error"]).to_pylist():

@@ -12,10 +12,10 @@ import numpy as np
 import simplejpeg
 from pydantic_core import to_json
 
-_SCRIPTS = ("picture.js", "viewer.js", "report.js")  # each uses those before it
+_SCRIPTS = ("picture.js", "player.js", "viewer.js", "report.js")  # each uses those before it
 _IMPORT = re.compile(r'^import \{[^}]*\} from "[^"]+";\n', re.MULTILINE)
 # Nothing is loaded from elsewhere, even if a label or an answer should become markup.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -27,6 +27,8 @@ def page(data: Mapping[str, Any]) -> str:
         errors: [{stage, type, count, examples: [{id, message}]}].
         items: [{picture, problem, rows: [{model, row}]}], one for each picture. picture: a data uri, or None, and then
             the problem says why. row: as in the results. Rows of several models are shown side by side.
+            A video has {picture, video, problem, rows: [{model, row, frames}]}. video: a data uri, or None. frames: a
+            row for each of its frames, in order; row: the first of them, whose picture it is.
         layers: [{key, name, labels: [[label, count]], scores: 20 counts}], for the histograms; by default counted from
             the items.
         note: a sentence above the pictures.

@@ -55,7 +55,11 @@ export function layerSample(number) {
   return html("span", { class: "sample", "aria-hidden": "true" }, svg("svg", { viewBox: "0 0 34 10" }, line), circled(number));
 }
 
-export const swatch = (label) => html("span", { class: "swatch", style: `background:${colourOf(label)}`, "aria-hidden": "true" });
+export const swatch = (label, colour = colourOf(label)) =>
+  html("span", { class: "swatch", style: `background:${colour}`, "aria-hidden": "true" });
+
+/** The colour of a detection: in a video that of its identity, else of its label. */
+export const markColour = (one) => (one.track_id == null ? colourOf(labelOf(one)) : PALETTE[one.track_id % PALETTE.length]);
 
 // --- Rows
 
@@ -179,7 +183,7 @@ export class Picture {
   }
 
   mark({ one, layer, index }, unit) {
-    const colour = colourOf(labelOf(one));
+    const colour = markColour(one);
     const group = svg("g", { class: "mark", "data-layer": layer.key, "data-index": index, stroke: colour, fill: colour });
     if (one.mask) group.append(svg("path", { class: "mask", d: maskPath(one.mask) }));
     const box = one.corners?.length
@@ -221,7 +225,7 @@ export class Picture {
     });
     return placed(wanted, this.row.width, this.row.height).map(({ mark, text, width, height, x, y }) => {
       const first = mark.layer.number === 0;
-      const colour = colourOf(labelOf(mark.one));
+      const colour = markColour(mark.one);
       const plate = { x, y, width, height, rx: first ? 0 : height / 2, fill: first ? colour : "#14181de8", stroke: colour };
       const place = { x: x + 4 * unit, y: y + height - 4.5 * unit, "font-size": size * unit, fill: first ? "#111" : "#fff" };
       const box = svg("rect", { class: "plate", ...plate });

@@ -20,7 +20,7 @@ export function report(data) {
     html("header", { class: "top" }, html("h1", {}, data.title), html("p", { class: "quiet" }, data.subtitle)),
     html("dl", { class: "numbers" }, data.numbers.map(number)),
     html("main", { class: "report" }, side, html("div", {}, data.errors.length ? errors(data.errors) : [],
-      html("h2", {}, "Pictures"), note, gallery.root)),
+      html("h2", {}, data.items.some(({ rows }) => rows[0].frames) ? "Pictures and videos" : "Pictures"), note, gallery.root)),
   );
   document.addEventListener("keydown", (event) => {
     if (!event.target.matches("input:not([type=checkbox], [type=range]), textarea")) view.key(event);

@@ -1,10 +1,12 @@
 // Rows to look at: what is seen of them (layers, labels, scores), cards of many pictures, and one picture large with its
-// row beside it. An item is {picture, problem, rows: [{model, row}]}: one picture, and each model's row of it.
+// row beside it. An item is {picture, problem, rows: [{model, row}]}: one picture, and each model's row of it; or of a
+// video {picture, video, problem, rows: [{model, row, frames}]}: its first frame, and each model's rows of all its frames.
 
 import {
-  circled, colourOf, countLabels, html, labelOf, layerSample, layersOf, Picture, readable, scoreOf, svg, swatch,
+  circled, colourOf, countLabels, html, labelOf, layerSample, layersOf, markColour, Picture, readable, scoreOf, svg, swatch,
   withoutRepeats,
 } from "./picture.js";
+import { momentOf, Player, PLAYER_KEYS } from "./player.js";
 
 const BINS = 20; // of scores from 0 to 1
 const CARD_ANSWERS = 3;
@@ -237,7 +239,7 @@ export class Details {
       html("tr", {
         onpointerenter: () => this.picture.point(layer.key, index), onpointerleave: () => this.picture.point(null),
       },
-        html("th", { scope: "row" }, swatch(labelOf(one)), labelOf(one)), html("td", {}, scoreOf(one)),
+        html("th", { scope: "row" }, swatch(labelOf(one), markColour(one)), labelOf(one)), html("td", {}, scoreOf(one)),
         extra.map(([, value]) => html("td", {}, String(value(one) ?? ""))),
         html("td", { class: "box" }, [one.x1, one.y1, one.x2, one.y2].map((side) => Math.round(side)).join(", "))));
     const heads = html("tr", {}, titles.map((title) => html("th", { scope: "col" }, title)));
@@ -284,7 +286,9 @@ export function copied(text) {
 
 // --- Many pictures
 
-const nameOf = (item) => item.rows[0].row.id.split("/").pop();
+const nameOf = ({ rows: [{ row, frames }] }) => (frames ? videoOf(row.id) : row.id).split("/").pop();
+/** The id of the video that a frame's row is of. */
+const videoOf = (id) => id.replace(/@[^@]*$/, "");
 
 /** A prompt without the words that only PaliGemma needs. */
 const question = (prompt) => {
@@ -296,6 +300,15 @@ function describe(view, row) {
   if (row.error) return row.error.type;
   if (row.classes?.length) return `${labelOf(row.classes[0])} ${scoreOf(row.classes[0])}`;
   return view.layers(row).length ? countLabels(withoutRepeats(view.seen(row)).map(({ one }) => labelOf(one))) : "";
+}
+
+/** What is in a video: its identities by label, if it was tracked, and how long it is. */
+export function describeVideo(view, frames) {
+  const tracks = new Map(); // identity → label
+  for (const { one } of frames.flatMap((row) => view.seen(row))) if (one.track_id != null) tracks.set(one.track_id, labelOf(one));
+  const seconds = frames.at(-1).pts_seconds - frames[0].pts_seconds;
+  const length = `${plain(frames.length)} ${frames.length === 1 ? "frame" : "frames"}, ${seconds.toFixed(1)} s`;
+  return tracks.size ? `${countLabels([...tracks.values()])} tracked · ${length}` : length;
 }
 
 /** Cards of pictures, drawn when they come near the window; one opens large. */
@@ -318,7 +331,8 @@ export class Gallery {
 
   update() {
     const kept = this.cards.filter((card) => {
-      card.root.hidden = this.onlySeen && !card.item.rows.some(({ row }) => this.view.leaves(row));
+      const rows = () => card.item.rows.flatMap(({ row, frames }) => frames ?? [row]);
+      card.root.hidden = this.onlySeen && !rows().some((row) => this.view.leaves(row));
       card.old = true;
       return !card.root.hidden;
     });
@@ -353,12 +367,13 @@ class Card {
       const model = item.rows[n].model;
       return html("span", { class: "panel" }, panel.root, model && html("span", { class: "model" }, model));
     });
+    const film = item.rows[0].frames && html("span", { class: "film", "aria-label": "Video" }, "▶");
     this.words = html("span", { class: "words" });
     const answers = (item.rows[0].row.answers ?? []).filter((answer) => !answer.detections?.length);
     const said = answers.slice(0, CARD_ANSWERS).map((answer) =>
       html("span", { class: "said" }, html("span", { class: "quiet" }, `${question(answer.prompt)} `), readable(answer).text || "nothing"));
     const problem = item.problem && html("span", { class: "problem" }, item.problem);
-    this.root = html("button", { type: "button", class: "card", onclick }, html("span", { class: "panels" }, panels),
+    this.root = html("button", { type: "button", class: "card", onclick }, html("span", { class: "panels" }, panels, film),
       html("span", { class: "title" }, nameOf(item)), problem, this.words, said);
   }
 
@@ -368,7 +383,8 @@ class Card {
       if (this.panels[n].row) this.panels[n].draw();
       else this.panels[n].show(row, this.item.picture);
     }
-    const words = this.item.rows.map(({ model, row }) => (model ? `${model}: ` : "") + describe(this.view, row));
+    const words = this.item.rows.map(({ model, row, frames }) =>
+      (model ? `${model}: ` : "") + (frames ? describeVideo(this.view, frames) : describe(this.view, row)));
     this.words.textContent = words.join("; ");
   }
 }
@@ -385,7 +401,9 @@ class Large {
     const head = html("header", {}, this.title, this.place, button("←", "Previous picture", () => this.step(-1)),
       button("→", "Next picture", () => this.step(1)), button("✕", "Close", () => this.root.close()));
     this.keys = html("p", { class: "keys quiet" });
-    this.root = html("dialog", { class: "large", "aria-label": "One picture and its row", onclose: () => onleave(this.index) },
+    this.pictures = [];
+    const onclose = () => (this.stop(), onleave(this.index));
+    this.root = html("dialog", { class: "large", "aria-label": "One picture and its row", onclose },
       head, html("div", { class: "both" }, html("div", { class: "left" }, this.panels, this.keys), this.side));
     this.root.addEventListener("keydown", (event) => this.key(event));
     view.addEventListener("change", () => this.root.open && this.update());
@@ -402,20 +420,31 @@ class Large {
     this.title.textContent = nameOf(item);
     this.title.title = item.rows[0].row.id;
     this.place.textContent = `${index + 1} of ${this.items.length}`;
-    this.pictures = item.rows.map(() => new Picture(this.view));
+    this.stop();
+    this.pictures = item.rows.map(({ frames }, n) =>
+      frames ? new Player(this.view, (row) => this.details[n].show(row)) : new Picture(this.view));
     this.details = this.pictures.map((picture) => new Details(this.view, picture));
     this.panels.replaceChildren(...item.rows.map(({ model }, n) =>
       html("div", { class: "panel" }, model && html("h3", {}, model), this.pictures[n].root)),
       ...(item.problem ? [html("p", { class: "problem" }, item.problem)] : []));
-    this.side.replaceChildren(html("p", { class: "quiet id" }, sizeOf(item.rows[0].row)),
+    const video = item.rows[0].frames;
+    this.side.replaceChildren(html("p", { class: "quiet id" }, video ? describeVideo(this.view, video) : sizeOf(item.rows[0].row)),
       ...item.rows.flatMap(({ model }, n) => [model && html("h3", {}, model), this.details[n].root]).filter(Boolean));
-    for (const [n, { row }] of item.rows.entries()) {
-      this.pictures[n].show(row, item.picture);
+    for (const [n, { row, frames }] of item.rows.entries()) {
+      if (frames) this.pictures[n].show(frames, item.video);
+      else this.pictures[n].show(row, item.picture);
       this.details[n].show(row);
     }
+    if (video) this.pictures[0].screen.focus();
+    const play = video ? `${PLAYER_KEYS} · ` : "";
     const numbers = [...this.view.numbers].slice(0, 9).map(([, number]) => circled(number)).join("");
-    this.keys.textContent = `← → other pictures · Esc back · L labels${numbers && ` · 1–${Math.min(9, this.view.numbers.size)} layers`}`;
+    this.keys.textContent = `${play}← → other pictures · Esc back · L labels${numbers && ` · 1–${Math.min(9, this.view.numbers.size)} layers`}`;
     this.side.scrollTop = 0;
+  }
+
+  /** End what plays. */
+  stop() {
+    for (const picture of this.pictures) if (picture instanceof Player) picture.stop();
   }
 
   update() {
@@ -429,6 +458,7 @@ class Large {
 
   key(event) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (this.pictures.filter((picture) => picture instanceof Player && picture.key(event)).length) return;
     if (step) this.step(step);
     else if (!this.view.key(event)) return;
     event.preventDefault();
@@ -437,6 +467,6 @@ class Large {
 }
 
 export function sizeOf(row) {
-  const when = row.pts_seconds == null ? "" : `, frame ${row.frame_index} at ${row.pts_seconds.toFixed(2)} s`;
+  const when = row.pts_seconds == null ? "" : `, ${momentOf(row)}`;
   return `${row.id}${row.width ? `, ${row.width} × ${row.height} pixels` : ""}${when}`;
 }

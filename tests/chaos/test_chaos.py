@@ -3,6 +3,7 @@
 What is random is drawn from $SEED, which the output names; the same seed repeats the same draws.
 """
 
+import io
 import os
 import random
 import shutil
@@ -14,13 +15,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import duckdb
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.chaos.proxy import proxy
+from tests.clips import encode, panned
 from tests.conftest import S3, free_port, job_of, rows_of, serve_s3, start_job, write_tar
 
 pytestmark = pytest.mark.slow
@@ -126,6 +132,68 @@ def test_killed_at_random_moments(tmp_path: Path, jpegs: list[bytes], detector: 
     assert not reader.errors and reader.looked > 100
 
 
+CLIPS, FRAMES = 40, 60
+
+
+def make_clips(folder: Path, jpegs: list[bytes]) -> None:
+    """Videos alone and in a tar, of which one is cut off."""
+    folder.mkdir(parents=True)
+    pictures = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((320, 240))) for data in jpegs[:8]]
+    clips = [encode(panned(picture, FRAMES), g="12", format="matroska") for picture in pictures]
+    for number in range(CLIPS - 10):
+        (folder / f"{number}.mkv").write_bytes(clips[number % len(clips)])
+    (folder / "0.mkv").write_bytes(clips[0][: len(clips[0]) // 2])
+    write_tar(folder / "a.tar", [(f"{number}.mkv", clips[number % len(clips)]) for number in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ((), ""),
+        ((), "24"),
+        (("--every", 3), "24"),
+        (("--track", "botsort"), ""),
+        (("--track", "bytetrack", "--fps", 5), ""),
+    ],
+    ids=["whole", "split", "sampled", "tracked", "tracked and sampled"],
+)
+def test_killed_amid_videos(
+    tmp_path: Path, jpegs: list[bytes], detector: Path, flags: tuple[Any, ...], part: str
+) -> None:
+    """`kill -9` of everything at five random moments: the rows are those of a job that nobody stopped, identities
+    included, and no finished frame is decoded again but where a video is tracked anew."""
+    make_clips(tmp_path / "in", jpegs)
+    options = (*("--yolo", detector, "--precision", "fp32", "--rows-per-file", 50, "--max-error-rate", 1), *flags)
+    chance, written = random.Random(SEED), set[str]()
+    for run in range(7):
+        out = tmp_path / ("out" if run else "undisturbed")
+        notes = tmp_path / f"decoded-{run}"
+        notes.touch()
+        command = (tmp_path / "in", "--output", out, *options)
+        job = start_job(*command, module=COUNTED, env={"COUNTED": str(notes), "PART": part})
+        if 0 < run < 6:
+            files, before = chance.randint(0, 2), len(list(out.glob("results/*.parquet")))
+            while len(list(out.glob("results/*.parquet"))) < before + files and job.poll() is None:
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0, 1 if files else 8))
+            kill_all(job)
+        else:
+            _, said = job.communicate(timeout=1200)
+            assert job.returncode == 0, said
+        decoded = notes.read_text().split("\n")[:-1]
+        print(f"run {run}: decoded {len(decoded)}, rows {len(ids_of(out))}")
+        if run and "--track" not in flags:
+            assert not written.intersection(decoded)
+        written = set(ids_of(out)) if run else set()
+    expected, found = ({row["id"]: row for row in rows_of(tmp_path / name)} for name in ("undisturbed", "out"))
+    assert found.keys() == expected.keys() and len(rows_of(tmp_path / "out")) == len(found) == job_of(out)["rows"]
+    assert job_of(out)["exactly_once"] is True
+    for id, row in expected.items():
+        for one, other in zip(row["detections"] or [], found[id]["detections"] or [], strict=True):
+            assert (one["track_id"], one["class_id"]) == (other["track_id"], other["class_id"])
+            assert one["x1"] == pytest.approx(other["x1"], abs=1e-2)
+
+
 @pytest.mark.parametrize("victim", ["ray::MapBatches(", "ray::MapWorker("])
 @pytest.mark.parametrize("paligemma", [False, True])
 def test_killed_workers(tmp_path: Path, jpegs: list[bytes], detector: Path, victim: str, paligemma: bool) -> None:
@@ -176,6 +244,22 @@ def test_faulty_store(tmp_path: Path, s3: S3, jpegs: list[bytes], detector: Path
     rows = rows_of(s3.bucket("faulty") / "out")
     assert len(rows) == len({row["id"] for row in rows}) == total
     assert not any(row["error"] for row in rows)
+
+
+def test_videos_in_a_faulty_store(tmp_path: Path, s3: S3, jpegs: list[bytes], detector: Path) -> None:
+    """One request in ten fails: each frame once all the same, as from a disk."""
+    make_clips(s3.bucket("shaky") / "in", jpegs)
+    flags = ("--yolo", detector, "--precision", "fp32", "--max-error-rate", 1, "--every", 2)
+    with proxy(s3.url, 0.1, SEED) as faulty:
+        job = start_job("s3://shaky/in", "--output", "s3://shaky/out", *flags, *s3.options(url=faulty.url))
+        _, said = job.communicate(timeout=1200)
+        assert job.returncode == 0, said
+    job = start_job(s3.bucket("shaky") / "in", "--output", tmp_path / "out", *flags)
+    assert job.wait(1200) == 0
+    name = str(s3.bucket("shaky"))
+    local = {row["id"].replace(name, "s3://shaky"): len(row["detections"] or []) for row in rows_of(tmp_path / "out")}
+    rows = rows_of(s3.bucket("shaky") / "out")
+    assert {row["id"]: len(row["detections"] or []) for row in rows} == local and len(rows) == len(local)
 
 
 def test_a_store_that_goes_away(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
@@ -238,6 +322,49 @@ def test_a_large_tar_in_little_memory(tmp_path: Path, jpegs: list[bytes], detect
     print({name: f"{peak >> 20} MB" for name, peak in peaks.items()})
     assert max(peaks.values()) < 1500 << 20
     assert job_of(tmp_path / "out")["rows"] == 1500
+
+
+@pytest.mark.parametrize("flags", [(), ("--track", "bytetrack")], ids=["not tracked", "tracked"])
+def test_memory_is_flat_in_the_length_of_a_video(tmp_path: Path, detector: Path, flags: tuple[str, ...]) -> None:
+    """An hour of 720p takes no process 200 MB more than ten seconds do."""
+    seconds, rate = 10, 10
+    noise = np.random.default_rng(0).integers(0, 255, (720, 1280 + 20 * seconds * rate, 3), np.uint8)
+    ground = cv2.GaussianBlur(noise, (0, 0), 9)
+    frames = (ground[:, 20 * number : 20 * number + 1280] for number in range(seconds * rate))
+    (tmp_path / "short.mp4").write_bytes(encode(frames, g="50", preset="ultrafast"))
+    repeat(tmp_path / "short.mp4", tmp_path / "long.mp4", 3600 // seconds, 25 / rate)
+    peaks = {}
+    for name in ("short", "long"):
+        options = ("--yolo", detector, "--imgsz", 64, *flags)
+        job = start_job(tmp_path / f"{name}.mp4", "--output", tmp_path / name, *options)
+        peaks[name] = watch(job)
+        assert job.returncode == 0
+        print(name, job_of(tmp_path / name)["rows"], {kind: f"{peak >> 20} MB" for kind, peak in peaks[name].items()})
+    assert job_of(tmp_path / "long")["rows"] == 3600 * rate
+    kinds = {kind.partition("(")[0] for kind in peaks["long"]}
+    for kind in kinds:
+        short, long = (
+            max((peak for name, peak in peaks[which].items() if name.startswith(kind)), default=0)
+            for which in ("short", "long")
+        )
+        assert long < short + (200 << 20) or not short, kind
+
+
+def repeat(source: Path, target: Path, times: int, stretch: float) -> None:
+    """A video, so many times one after the other, slower by `stretch`, without encoding it again."""
+    with av.open(str(source)) as container, av.open(str(target), "w") as made:
+        packets = [packet for packet in container.demux(video=0) if packet.dts is not None]
+        stream = made.add_stream_from_template(container.streams.video[0])
+        length = sum(packet.duration for packet in packets)
+        for turn in range(times):
+            container.seek(0)
+            for packet in container.demux(video=0):
+                if packet.dts is not None:
+                    packet.pts = round((packet.pts + turn * length) * stretch)
+                    packet.dts = round((packet.dts + turn * length) * stretch)
+                    packet.duration = round(packet.duration * stretch)
+                    packet.stream = stream
+                    made.mux(packet)
 
 
 def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:

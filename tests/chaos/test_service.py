@@ -117,7 +117,7 @@ def test_same_row_of_300_pictures(service: Service, inputs: list[tuple[str, byte
     assert len(served) == len(rows) == len(inputs) == 300
     assert sum(row["error"] is not None for row in served) > 20
     for (name, _), row in zip(inputs, served, strict=True):
-        assert_alike(row, rows[name] | {"id": row["id"], "uri": row["uri"]}, off=1e-3)  # in bf16
+        assert_alike(row, rows[name] | {"id": row["id"], "uri": row["uri"]}, off=0.02)  # in bf16, whose steps are 0.4 %
 
 
 def _three_hundred(jpegs: list[bytes]) -> list[tuple[str, bytes]]:

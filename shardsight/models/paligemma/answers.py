@@ -39,8 +39,10 @@ class Answers:
         text = self.vocabulary.decode(generated.ids) if generated.text is None else generated.text
         return text.strip()
 
-    def row(self, prompt: Prompt, generated: Generated, width: int, height: int) -> dict[str, Any]:
-        """A row of ANSWER. width, height: of the picture, pixels."""
+    def row(
+        self, prompt: Prompt, generated: Generated, width: int, height: int, frames: list[int] | None = None
+    ) -> dict[str, Any]:
+        """A row of ANSWER. width, height: of the picture, pixels. frames: frame_index of each of a clip."""
         ids, logprobs = generated.ids, generated.logprobs
         return {
             "prompt": prompt.text,
@@ -51,6 +53,7 @@ class Answers:
             ],
             "finish_reason": generated.finish_reason,
             "score": fmean(logprobs) if logprobs else None,
+            "frames": frames,
         }
 
     def _detection(self, found: Found, prompt: Prompt, width: int, height: int) -> dict[str, Any]:

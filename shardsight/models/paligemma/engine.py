@@ -6,7 +6,7 @@ import queue
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ import psutil
 import torch
 from PIL import Image
 from vllm import EngineArgs, SamplingParams
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -35,10 +36,11 @@ BLOCK = 128  # tokens in a block of vLLM's KV cache on a CPU
 
 @dataclass(frozen=True)
 class Request:
-    """frame: RGB uint8 (h, w, 3). ids: of the prompt. listener: called with the answer so far after each token, in the
-    engine's thread. cut: may end an answer before vLLM does, by setting its finish_reason."""
+    """frames: RGB uint8 (h, w, 3), one picture or several. ids: of the prompt, without pictures and start token.
+    listener: called with the answer so far after each token, in the engine's thread. cut: may end an answer before vLLM
+    does, by setting its finish_reason."""
 
-    frame: np.ndarray
+    frames: np.ndarray | Sequence[np.ndarray]
     ids: list[int]
     sampling: Sampling
     listener: Callable[[Generated], None] | None = None
@@ -71,7 +73,8 @@ class Request:
 class Limits:
     """precision: fp32, bf16 or fp16. length: tokens of a request, at most. batch_size: requests that run at once.
 
-    devices: that share the model. memory: fraction of a GPU's memory to use. threads: of the CPU.
+    devices: that share the model. memory: fraction of a GPU's memory to use. threads: of the CPU. pictures: of a
+    request, at most.
     """
 
     precision: str
@@ -80,6 +83,7 @@ class Limits:
     devices: int
     memory: float
     threads: int
+    pictures: int = 1
 
     def free(self) -> int:
         """Bytes free for the model on a device."""
@@ -153,8 +157,9 @@ class Engine:
                 return False
             if request.future.cancelled():
                 continue
-            name, picture = next(names), {"image": Image.fromarray(request.frame)}
-            prompt: Any = {"prompt_token_ids": list(request.ids), "multi_modal_data": picture}
+            name, frames = next(names), request.frames
+            pictures = [Image.fromarray(one) for one in ([frames] if isinstance(frames, np.ndarray) else frames)]
+            prompt: Any = {"prompt_token_ids": list(request.ids), "multi_modal_data": {"image": pictures}}
             try:
                 engine.add_request(name, prompt, request.params(), lora_request=adapter)
                 self.live[name] = request
@@ -205,33 +210,42 @@ def load(info: PaliGemmaInfo, limits: Limits) -> LLMEngine:
             "vLLM did not load shardsight's plugin, without which PaliGemma gives wrong answers: install the "
             "package (pip install -e .), and let VLLM_PLUGINS, where it is set, name shardsight"
         )
+    try:
+        with _temporary_store():
+            return LLMEngine.from_vllm_config(configured(info, limits), disable_log_stats=True)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{info.path} cannot be loaded: {first}") from error
+
+
+def configured(info: PaliGemmaInfo, limits: Limits) -> VllmConfig:
+    """vLLM's configuration of a model."""
     cuda = torch.cuda.is_available()
     arguments: dict[str, Any] = {} if cuda else _on_cpu(info, limits)
     if info.adapter:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": info.adapter.rank}
         arguments |= {"enable_tower_connector_lora": info.adapter.everywhere}
-    try:
-        with _temporary_store():
-            return LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=info.path,
-                    dtype=DTYPES[limits.precision],  # type: ignore[arg-type]
-                    max_model_len=limits.length,
-                    max_num_seqs=limits.batch_size,
-                    max_num_batched_tokens=max(limits.length, 8192 if cuda else 2048),
-                    enable_chunked_prefill=False,
-                    enable_prefix_caching=False,
-                    gpu_memory_utilization=limits.memory,
-                    mm_processor_cache_gb=0.25,
-                    tensor_parallel_size=limits.devices,
-                    distributed_executor_backend="mp" if limits.devices > 1 else "uni",
-                    disable_log_stats=True,
-                    **arguments,
-                )
-            )
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{info.path} cannot be loaded: {first}") from error
+    config = EngineArgs(
+        model=info.path,
+        dtype=DTYPES[limits.precision],  # type: ignore[arg-type]
+        max_model_len=limits.length,
+        max_num_seqs=limits.batch_size,
+        max_num_batched_tokens=max(limits.length, 8192 if cuda else 2048),
+        enable_chunked_prefill=False,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=limits.memory,
+        mm_processor_cache_gb=0.25,
+        limit_mm_per_prompt={"image": limits.pictures},
+        tensor_parallel_size=limits.devices,
+        distributed_executor_backend="mp" if limits.devices > 1 else "uni",
+        disable_log_stats=True,
+        **arguments,
+    ).create_engine_config()
+    if limits.pictures > 1:
+        # On a GPU a step is planned while the one before it runs. Without room for the pictures of both, vLLM cuts a
+        # prompt off before a picture for which there is none.
+        config.scheduler_config.encoder_cache_size *= 2
+    return config
 
 
 def _on_cpu(info: PaliGemmaInfo, limits: Limits) -> dict[str, Any]:

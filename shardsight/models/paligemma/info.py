@@ -100,7 +100,8 @@ def inspect(model: str, revision: str | None = None, adapter: str | None = None)
 def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
     """Of the class PaliGemma."""
     own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
-    return own | {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
+    own |= {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
+    return own | {"clip_frames": settings.clip_frames or 1}
 
 
 @lru_cache
@@ -197,21 +198,23 @@ def shapes(file: Path) -> dict[str, list[int]]:
     return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
 
 
-def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cuda: bool) -> int:
-    """Tokens of a request, at most: picture, start token, prompt with its newline, and answer.
+def request_length(info: PaliGemmaInfo, prompt_tokens: int, max_tokens: int, cuda: bool, clip_frames: int = 1) -> int:
+    """Tokens of a request, at most: pictures, start token, prompt with its newline, and answer.
 
-    Raises ModelError where not even a prompt of one token fits.
+    clip_frames: pictures in a prompt, at most. Raises ModelError where not even a prompt of one token fits.
     """
-    limit, why = info.length, ""
+    limit, why, pictures = info.length, "", clip_frames * info.image_tokens
     if cuda and info.window is not None and info.window < limit:
         limit, why = info.window, " on a GPU, where Gemma 2's sliding window limits a request"
-    if limit < info.image_tokens + 3 + max_tokens:
+    if limit < pictures + 3 + max_tokens:
+        whose = "a picture's" if clip_frames == 1 else f"those of a clip's {clip_frames} frames"
+        fewer = "fewer" if clip_frames == 1 else "fewer frames"
         raise ModelError(
-            f"{info.path} takes {limit} tokens{why}, {info.image_tokens} of them a picture's, which leaves too few for "
-            f"a prompt and {max_tokens} of an answer: ask for fewer, or take a lower resolution"
+            f"{info.path} takes {limit} tokens{why}, {pictures} of them {whose}, which leaves too few for "
+            f"a prompt and {max_tokens} of an answer: ask for {fewer}, or take a lower resolution"
             + (", or run it on a CPU" if why else "")
         )
-    return min(info.image_tokens + prompt_tokens + 2 + max_tokens, limit)
+    return min(pictures + prompt_tokens + 2 + max_tokens, limit)
 
 
 def fits(info: PaliGemmaInfo, precision: str, available: int, tokens: int, devices: int = 1) -> None:

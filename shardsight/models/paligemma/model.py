@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,19 +29,21 @@ from shardsight.models.paligemma.info import inspect, request_length
 from shardsight.models.paligemma.prompts import Prompt, Sampling
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
-from shardsight.row import Failure, frames_of
+from shardsight.row import Failure, clips_of, frames_of
 
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A table whose answers are being computed. questions: (row, detection, prompt, answer). since: of Stopwatch."""
+    """A table whose answers are being computed. questions: (row, detection, prompt, answer). clips: row → frame_index
+    of each frame of its clip. since: of Stopwatch."""
 
     table: pa.Table
     answers: list[list[dict[str, Any]] | None]
     detections: list[list[dict[str, Any]] | None]
     questions: list[tuple[int, dict[str, Any] | None, Prompt, "Future[Generated]"]]
+    clips: dict[int, list[int]]
     since: tuple[float, float]
 
 
@@ -51,7 +53,8 @@ class PaliGemma:
     model: a folder, or a name on the hub, of `revision`. prompts: about each picture; with `regions`, about the crop of
     each of its detections. route: selects pictures; all by default. max_tokens, prompt_tokens: of an answer and of a
     prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in it, else fp32), fp32, bf16 or fp16.
-    adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory, threads: see Limits.
+    adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory, threads: see Limits. clip_frames: pictures
+    in one prompt, at most; above 1, of a video only rows with a `clip` are asked about, all of its frames together.
     Raises ModelError, PromptError.
     """
 
@@ -70,21 +73,23 @@ class PaliGemma:
         memory: float = 0.9,
         threads: int | None = None,
         prompt_tokens: int = 256,
+        clip_frames: int = 1,
     ) -> None:
-        self.regions, self.route, self.max_tokens = regions, route, max_tokens
+        self.regions, self.route, self.max_tokens, self.clip_frames = regions, route, max_tokens, clip_frames
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
         self.info = inspect(model, revision, adapter)
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
         automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
         self.precision = automatic if precision == "auto" else precision
-        length = request_length(self.info, prompt_tokens, max_tokens, cuda)
-        self.max_prompt_tokens = length - self.info.image_tokens - 1 - max_tokens  # with its newline
+        length = request_length(self.info, prompt_tokens, max_tokens, cuda, clip_frames)
+        self.max_prompt_tokens = length - clip_frames * self.info.image_tokens - 1 - max_tokens  # with its newline
         self.tokenizer = AutoTokenizer.from_pretrained(self.info.path)
         self.reader = Answers(self.tokenizer, self.info.path)
         self.encode = functools.lru_cache(4096)(self._encode)
         batch_size, threads = batch_size or (256 if cuda else 32), threads or os.cpu_count() or 1
-        self.engine = Engine(self.info, Limits(self.precision, length, batch_size, devices, memory, threads))
+        limits = Limits(self.precision, length, batch_size, devices, memory, threads, clip_frames)
+        self.engine = Engine(self.info, limits)
         self.stopwatch = Stopwatch()
 
     def close(self) -> None:
@@ -105,24 +110,37 @@ class PaliGemma:
     def ask_about(
         self, table: pa.Table, prompts: Sequence[Prompt], regions: bool = False, max_tokens: int | None = None
     ) -> Asked:
-        """Submit the prompts about each picture of a table, or, with `regions`, about each of its detections."""
+        """Submit the prompts about each picture or clip of a table, or, with `regions`, about each of a picture's
+        detections. A clip is routed by its first frame."""
         detections = table["detections"].to_pylist()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        asked = Asked(table, table["answers"].to_pylist(), detections, [], Stopwatch.now())
-        for index, frame in frames_of(table):
+        asked = Asked(table, table["answers"].to_pylist(), detections, [], {}, Stopwatch.now())
+        for index, frames, numbers in self._subjects(table):
             boxes = detections[index] or []
+            subjects: list[tuple[dict[str, Any] | None, Sequence[np.ndarray]]]
             if regions:
-                pictures = [(box, _crop(frame, box)) for box in boxes]
-                pictures = [one for one in pictures if not self.route or self.route.takes(one[1], [], 1, 1)]
-            elif self.route and not self.route.takes(frame, boxes, *sizes[index]):
+                crops = [(box, _crop(frames[0], box)) for box in boxes]
+                subjects = [(box, [crop]) for box, crop in crops if not self.route or self.route.takes(crop, [], 1, 1)]
+            elif self.route and not self.route.takes(frames[0], boxes, *sizes[index]):
                 continue
             else:
-                pictures, asked.answers[index] = [(None, frame)], []
-            for region, picture in pictures:
+                subjects, asked.answers[index] = [(None, frames)], []
+            if numbers:
+                asked.clips[index] = numbers
+            for region, pictures in subjects:
                 for prompt in prompts:
-                    future = self.ask(picture, prompt, Sampling(max_tokens))
+                    future = self.ask(pictures, prompt, Sampling(max_tokens))
                     asked.questions.append((index, region, prompt, future))
         return asked
+
+    def _subjects(self, table: pa.Table) -> Iterator[tuple[int, list[np.ndarray], list[int] | None]]:
+        """(row's index, frames to be asked about together, frame_index of each; None of a single picture)."""
+        in_video = table["frame_index"].is_valid().to_pylist()
+        if self.clip_frames > 1:
+            yield from clips_of(table)
+        for index, frame in frames_of(table):
+            if self.clip_frames == 1 or not in_video[index]:
+                yield index, [frame], None
 
     def answered(self, asked: Asked) -> pa.Table:
         """Wait for the answers → the table with them. Raises ModelDied."""
@@ -130,7 +148,8 @@ class PaliGemma:
         failed, widths, heights = (table[name].to_pylist() for name in ("error", "width", "height"))
         for index, region, prompt, future in asked.questions:
             try:
-                answer = self.reader.row(prompt, future.result(), widths[index], heights[index])
+                size = widths[index], heights[index]
+                answer = self.reader.row(prompt, future.result(), *size, asked.clips.get(index))
             except ModelDied:
                 raise
             except Exception as error:
@@ -146,13 +165,14 @@ class PaliGemma:
 
     def ask(
         self,
-        frame: np.ndarray,
+        frames: np.ndarray | Sequence[np.ndarray],
         prompt: Prompt,
         sampling: Sampling = GREEDY,
         listener: Callable[[Generated], None] | None = None,
     ) -> "Future[Generated]":
-        """Submit an RGB uint8 frame (h, w, 3) and a prompt. The future raises Failure or ModelDied; cancelling it stops
-        the work. listener: called with the answer so far after each token, in the engine's thread."""
+        """Submit a prompt about an RGB uint8 frame (h, w, 3), or about several together, `clip_frames` at most. The
+        future raises Failure or ModelDied; cancelling it stops the work. listener: called with the answer so far after
+        each token, in the engine's thread."""
         try:
             ids = self.encode(prompt.text)
         except Failure as failure:
@@ -161,7 +181,7 @@ class PaliGemma:
             return refused
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens or self.max_tokens, self.max_tokens))
         cut = functools.partial(self.reader.cut, stop=sampling.stop) if sampling.stop else None
-        return self.engine.submit(Request(frame, ids, sampling, listener, cut))
+        return self.engine.submit(Request(frames, ids, sampling, listener, cut))
 
     def _encode(self, text: str) -> list[int]:
         """As Hugging Face's processor does, without picture and start token, which vLLM adds."""

@@ -1,12 +1,13 @@
 """PaliGemma in vLLM 0.29 with its own attention mask.
 
-The mask (Hugging Face's modeling_paligemma.py, big_vision's `make_attn_mask`): each token of picture and prompt attends
-to all of both; a generated token attends to itself and all tokens before it. Both generations of vLLM's runner ask a
-request's picture which positions attend in both directions (`PlaceholderRange.extract_embeds_range`), and the attention
-on CUDA applies that. So our placeholder range answers with the whole prompt, and our attention backend for the CPU
-applies it there, where vLLM's own does not.
+The mask (Hugging Face's modeling_paligemma.py, big_vision's `make_attn_mask`): each token of the pictures and the
+prompt attends to all of both; a generated token attends to itself and all tokens before it. Both generations of vLLM's
+runner ask a request's pictures which positions attend in both directions (`PlaceholderRange.extract_embeds_range`), and
+the attention on CUDA applies that. So the first picture's placeholder range answers with the whole prompt, and our
+attention backend for the CPU applies it there, where vLLM's own does not.
 
-Every other layer of Gemma 2 has a sliding window of W tokens, which a picture of 896 pixels fills (W = 4096):
+Every other layer of Gemma 2 has a sliding window of W tokens, which a picture of 896 pixels, or a clip of 16 frames of
+224, fills (W = 4096):
 
 - transformers 5.16.1 (masking_utils.py, `create_sliding_window_causal_mask`): (causal and within the window) or both in
   the prompt. So tokens of picture and prompt attend to all of both, however far apart; a generated token attends to
@@ -36,8 +37,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models import paligemma
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import PlaceholderRange
-from vllm.multimodal.processing import ProcessorInputs, TimingContext
+from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    ProcessorInputs,
+    PromptIndexTargets,
+    PromptInsertion,
+    PromptUpdate,
+    PromptUpdateDetails,
+    TimingContext,
+)
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -55,15 +64,40 @@ Ranges = Mapping[int, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, eq=False)
 class Prefix(PlaceholderRange):
-    """A picture's place in its prompt, all of whose `prompt_length` tokens attend to each other."""
+    """A picture's place in its prompt, all of whose `prompt_length` tokens attend to each other; the first picture says
+    so for all."""
 
     prompt_length: int = 0
 
     def extract_embeds_range(self) -> list[tuple[int, int]]:
-        return [(0, self.prompt_length - 1)]
+        return [(0, self.prompt_length - 1)] if self.offset == 0 else []
+
+
+class Info(paligemma.PaliGemmaProcessingInfo):
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
 
 
 class Processor(paligemma.PaliGemmaMultiModalProcessor):
+    """Pictures' tokens one after another, start token, prompt and newline, as Hugging Face's processor orders them."""
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        # Not with a picture's tokens, as in vLLM: its cache would repeat it with each picture that was once the last.
+        start = [self.info.get_tokenizer().bos_token_id]
+        return prompt if prompt[:1] == start else start + prompt
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        config = self.info.get_hf_config()  # type: ignore[no-untyped-call]
+        token, side = config.image_token_index, config.vision_config.image_size
+        count = self.info.get_num_image_tokens(image_width=side, image_height=side)
+        tokens = PromptUpdateDetails.select_token_id([token] * count, embed_token_id=token)
+        return [PromptInsertion("image", PromptIndexTargets.start(), tokens)]
+
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         made = super().apply(inputs, timing_ctx)
         length = len(made["prompt_token_ids"])
@@ -74,9 +108,7 @@ class Processor(paligemma.PaliGemmaMultiModalProcessor):
         return made
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    Processor, info=paligemma.PaliGemmaProcessingInfo, dummy_inputs=paligemma.PaliGemmaDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=paligemma.PaliGemmaDummyInputsBuilder)
 class PaliGemma(paligemma.PaliGemmaForConditionalGeneration):
     # Names of weights in Google's uploads, as saved by transformers 4.52 and by transformers 5 → vLLM's.
     hf_to_vllm_mapper = WeightsMapper(
@@ -122,6 +154,13 @@ def unsuited(config: VllmConfig) -> str | None:
         return f"a prompt and its answer must fit one step; set max_num_batched_tokens to {length} or more"
     if config.cache_config.enable_prefix_caching:
         return "the cached values of a picture depend on the prompt after it; set enable_prefix_caching=False"
+    scheduler = config.scheduler_config
+    if (
+        scheduler.async_scheduling
+        and config.model_config.get_multimodal_config().get_limit_per_prompt("image") > 1
+        and scheduler.encoder_cache_size < 2 * scheduler.max_num_batched_tokens
+    ):
+        return "a prompt's pictures may come in several steps; set async_scheduling=False, or limit them to one"
     window = getattr(config.model_config.hf_text_config, "sliding_window", None)
     if window is not None and window < length and not current_platform.is_cpu():
         return (

@@ -47,7 +47,7 @@ def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
 
 def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
-    names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size")
+    names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
     return {"model": info.path} | {name: getattr(settings, name) for name in names}
 
 

@@ -17,6 +17,7 @@ from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, 
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
+from shardsight.models.yolo.track import Found, Tracking
 from shardsight.row import Failure, frames_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Yolo:
 
     model: path of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults to the
     model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64 on a
-    GPU, else 16. threads: of the CPU; all by default. Raises ModelError.
+    GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through each
+    video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. Raises ModelError
+    and UsageError.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Yolo:
         precision: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
+        track: str | None = None,
+        track_config: dict[str, Any] | None = None,
     ) -> None:
         if not Path(model).exists():  # ultralytics would try to download it
             raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
@@ -65,6 +70,7 @@ class Yolo:
         self.compiles = native and not (cuda or classify or self.end2end)
         self.set_thresholds(conf, iou, max_det, classes)
         self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
+        self.tracking = self.tracker(track, track_config) if track else None
         self.stopwatch = Stopwatch()
         if native and not self.compiles:
             self._cast()
@@ -74,6 +80,15 @@ class Yolo:
         vars(self.predictor.args).update(conf=conf, iou=iou, max_det=max_det, classes=classes and list(classes))
         if self.end2end:  # such a network itself keeps the best max_det, before classes are filtered
             self.backend.model.set_head_attr(max_det=max(max_det, 300))
+
+    def tracker(self, name: str, config: dict[str, Any] | None = None) -> Tracking:
+        """What follows other videos than those of other trackers; see `set_tracking`. Raises ModelError, UsageError."""
+        return Tracking(name, config or {}, self.predictor, self.names)
+
+    def set_tracking(self, tracking: Tracking | None) -> None:
+        """For the following calls: what follows the videos in their tables, if anything."""
+        self.tracking = tracking
+        self.predictor.args.mode = "track" if tracking else "predict"
 
     def _cast(self) -> None:
         network = self.backend.model
@@ -100,6 +115,9 @@ class Yolo:
 
         A picture, or a list of them, as encoded bytes, Pillow picture or RGB uint8 array (h, w, 3) → a list of dicts
         with the columns of ROW, one per picture. Raises ModelDied; TypeError for other types.
+
+        With `track`, the frames of each video come in order, in any number of calls, one call at a time; frames of
+        several videos may be mixed. See Tracking.
         """
         if isinstance(pictures, pa.Table):
             return self._annotate(pictures)
@@ -112,7 +130,7 @@ class Yolo:
         for index, frame in frames_of(table):
             placed = self.input.place(widths[index], heights[index])
             groups[placed.outer].append((index, frame, placed))
-        found: list[list[dict[str, Any]] | None] = [None] * len(table)
+        found: list[Found | None] = [None] * len(table)
         errors = table["error"].to_pylist()
         for group in groups.values():
             for first in range(0, len(group), self.batch_size):
@@ -121,11 +139,14 @@ class Yolo:
                         errors[index] = outcome.row("yolo")
                     else:
                         found[index] = outcome
+        if self.tracking:
+            self.tracking.follow(table, found, errors)
         computed = [index for group in groups.values() for index, _, _ in group]
+        rows = [one and one.rows for one in found]
         column = "classes" if self.task == "classify" else "detections"
-        return with_results(table, "yolo", {column: found}, errors, computed, self.stopwatch.since(began))
+        return with_results(table, "yolo", {column: rows}, errors, computed, self.stopwatch.since(began))
 
-    def _outcomes(self, items: list[Item]) -> Iterable[tuple[int, list[dict[str, Any]] | Failure]]:
+    def _outcomes(self, items: list[Item]) -> Iterable[tuple[int, Found | Failure]]:
         """(row, what was found or why not) of each item. If a batch fails, each picture is tried alone.
 
         Raises ModelDied.
@@ -147,8 +168,8 @@ class Yolo:
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             raise ModelDied(f"YOLO fails on a blank picture, too: {type(error).__name__}: {reason}") from error
 
-    def predict(self, frames: list[np.ndarray], placements: list[Placement]) -> list[list[dict[str, Any]]]:
-        """RGB uint8 frames (h, w, 3) of any scale, whose `outer` is the same → dicts of DETECTION or CLASS."""
+    def predict(self, frames: list[np.ndarray], placements: list[Placement]) -> list[Found]:
+        """RGB uint8 frames (h, w, 3) of any scale, whose `outer` is the same → what is in each."""
         with torch.inference_mode():
             if isinstance(self.input, CentreCrop):
                 batch = torch.stack([self.predictor.transforms(Image.fromarray(frame)) for frame in frames])
@@ -169,7 +190,10 @@ class Yolo:
             originals = [np.broadcast_to(np.uint8(0), (placed.height, placed.width, 3)) for placed in placements]
             self.predictor.batch = [""] * len(frames), None, None
             results = self.predictor.postprocess(outputs, batch, originals)
-        return [rows_of(result, self.names, placed) for result, placed in zip(results, placements, strict=True)]
+            dropped = self.tracking.dropped(results) if self.tracking else [None] * len(results)
+        rows = [rows_of(result, self.names, placed) for result, placed in zip(results, placements, strict=True)]
+        boxes = [result.boxes if result.obb is None else result.obb for result in results]
+        return [Found(*each) for each in zip(rows, boxes, dropped, strict=True)]
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from shardsight.models.yolo.letterbox import Placement
-from shardsight.models.yolo.ultralytics_import import Results
+from shardsight.models.yolo.ultralytics_import import OBB, Boxes, Results
 
 _SIDES = ("x1", "y1", "x2", "y2")
 
@@ -22,17 +22,8 @@ def rows_of(result: Results, names: dict[int, str], placed: Placement) -> list[d
     if result.probs is not None:
         scores = result.probs.data.float().cpu().numpy()
         return [_label(names, i) | {"score": float(scores[i])} for i in np.argsort(-scores, kind="stable")[:5]]
-    boxes = result.boxes if result.obb is None else result.obb
-    xyxy, scores, classes = (part.float().cpu().numpy() for part in (boxes.xyxy, boxes.conf, boxes.cls))
-    rows = [
-        _label(names, label) | {"score": float(score)} | dict(zip(_SIDES, map(float, corner), strict=True))
-        for corner, score, label in zip(xyxy, scores, classes, strict=True)
-    ]
-    if result.obb is not None:
-        corners, angles = boxes.xyxyxyxy.float().cpu().numpy(), boxes.xywhr[:, 4].float().cpu().numpy()
-        for row, points, angle in zip(rows, corners, angles, strict=True):
-            row |= {"angle": float(angle), "corners": points.ravel().tolist()}
-    elif result.masks is not None:
+    rows = rows_of_boxes(result.boxes if result.obb is None else result.obb, names)
+    if result.masks is not None:
         for row, mask in zip(rows, result.masks.data.cpu().numpy(), strict=True):
             row["mask"] = _original_mask(mask, row, placed)
     elif result.keypoints is not None:
@@ -40,6 +31,23 @@ def rows_of(result: Results, names: dict[int, str], placed: Placement) -> list[d
             row["keypoints"] = [
                 {"x": float(p[0]), "y": float(p[1]), "score": float(p[2]) if len(p) == 3 else None} for p in points
             ]
+    return rows
+
+
+def rows_of_boxes(boxes: Boxes | OBB, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Boxes in pixels of the original → dicts of DETECTION, with `track_id` if a tracker has given them one."""
+    xyxy, scores, classes = (part.float().cpu().numpy() for part in (boxes.xyxy, boxes.conf, boxes.cls))
+    rows = [
+        _label(names, label) | {"score": float(score)} | dict(zip(_SIDES, map(float, corner), strict=True))
+        for corner, score, label in zip(xyxy, scores, classes, strict=True)
+    ]
+    if boxes.is_track:
+        for row, track in zip(rows, boxes.id.tolist(), strict=True):
+            row["track_id"] = int(track)
+    if isinstance(boxes, OBB):
+        corners, angles = boxes.xyxyxyxy.float().cpu().numpy(), boxes.xywhr[:, 4].float().cpu().numpy()
+        for row, points, angle in zip(rows, corners, angles, strict=True):
+            row |= {"angle": float(angle), "corners": points.ravel().tolist()}
     return rows
 
 

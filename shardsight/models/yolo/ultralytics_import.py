@@ -38,21 +38,34 @@ def _environment() -> Iterator[None]:
 
 
 with _environment():
-    from ultralytics.utils import SETTINGS, nms
+    from ultralytics.utils import SETTINGS, IterableSimpleNamespace, nms, ops
 
     dict.__setitem__(SETTINGS, "sync", False)  # no telemetry; SETTINGS.update would write to a file
 
     from ultralytics import YOLO
     from ultralytics.engine.predictor import BasePredictor
-    from ultralytics.engine.results import Results
+    from ultralytics.engine.results import OBB, Boxes, Results
     from ultralytics.models.yolo.classify import ClassificationPredictor
     from ultralytics.models.yolo.detect import DetectionPredictor
     from ultralytics.models.yolo.obb import OBBPredictor
     from ultralytics.models.yolo.pose import PosePredictor
     from ultralytics.models.yolo.segment import SegmentationPredictor
     from ultralytics.nn.backends.base import BaseBackend
+    from ultralytics.trackers.track import TRACKER_MAP
 
-__all__ = ["PREDICTORS", "YOLO", "BaseBackend", "BasePredictor", "Results", "nms"]
+__all__ = [
+    "OBB",
+    "PREDICTORS",
+    "TRACKER_MAP",
+    "YOLO",
+    "BaseBackend",
+    "BasePredictor",
+    "Boxes",
+    "IterableSimpleNamespace",
+    "Results",
+    "nms",
+    "ops",
+]
 
 PREDICTORS = (DetectionPredictor, SegmentationPredictor, ClassificationPredictor, PosePredictor, OBBPredictor)
 

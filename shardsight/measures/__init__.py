@@ -1,0 +1,1 @@
+"""What evaluation computes, over well-known libraries."""

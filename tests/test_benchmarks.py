@@ -1,0 +1,60 @@
+"""What the benchmarks compute themselves, so that what they say of ours and of the peers is the same thing."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks.video import make_clips
+from benchmarks.video_contenders import HEIGHT, IMGSZ, SIDE, WIDTH, _frames, _Model, crops, squash
+from demo.scenes import Scene
+from demo.score import tracks_of
+from shardsight.decode.frames import Load
+from shardsight.models.yolo.model import Yolo
+from shardsight.row import ROW, Failure, frame_columns
+
+
+def test_tracks_of_a_job(tmp_path: Path) -> None:
+    """Rows come in any order, from several files; frames without tracks, and boxes without ids, are no tracks."""
+    box = {"label": "star", "score": 0.9, "x1": 1, "y1": 2, "x2": 3, "y2": 4}
+    rows = [
+        {"uri": "/clips/b.mp4", "frame_index": 1, "detections": [box | {"track_id": 3}, box]},
+        {"uri": "/clips/a.mp4", "frame_index": 0, "detections": [box | {"track_id": 3}]},
+        {"uri": "/clips/b.mp4", "frame_index": 0, "detections": []},
+    ]
+    for number, row in enumerate(rows):
+        pq.write_table(pa.Table.from_pylist([row], ROW), tmp_path / f"{number}.parquet")
+    expected = {"a": [([3], [[1, 2, 3, 4]])], "b": [([], []), ([3], [[1, 2, 3, 4]])]}
+    assert tracks_of(tmp_path) == expected
+
+
+def test_our_crops_are_those_of_the_peers(some_scenes: list[Scene], detector: Path) -> None:
+    """The same frames, detections and PNGs, so that the figures are of the same work."""
+    yolo, images = Yolo(str(detector), precision="fp32", imgsz=IMGSZ), [scene.image for scene in some_scenes[:4]]
+    stretched = [cv2.resize(image, (SIDE, SIDE)) for image in images]
+    rows = [frame_columns(image, image.shape[1], image.shape[0]) for image in images]
+    broken = {"error": Failure("TruncatedVideo", "cut").row("decode")}
+    table = squash(Load.table([*rows, broken]))
+    ours = crops(yolo(table)).to_pylist()
+    peers = [
+        (frame, one)
+        for frame, found in zip(stretched, _Model(str(detector)).features(stretched), strict=True)
+        for one in found
+    ]
+    assert len(ours) == len(peers) > 4
+    for mine, (frame, theirs) in zip(ours, peers, strict=True):
+        assert mine["label"] == theirs["label"] and mine["bbox"] == pytest.approx(theirs["bbox"], abs=0.5)
+        x1, y1, x2, y2 = map(int, mine["bbox"])
+        assert np.array_equal(np.array(Image.open(io.BytesIO(mine["object"]))), frame[y1:y2, x1:x2])
+
+
+def test_clips_move(tmp_path: Path) -> None:
+    make_clips(tmp_path / "clips", 1, 5)
+    frames = [row["frame"] for row in _frames(str(tmp_path / "clips"), WIDTH, HEIGHT)]
+    assert len(frames) == 5 and frames[0].shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 5
