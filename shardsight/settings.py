@@ -34,7 +34,7 @@ _FREE = {
 _OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "track", "track_config"}
 _OF_PALIGEMMA = {"revision", "adapter", "prompt", "prompt_column", "on", "max_tokens", "clip_frames", "clip_seconds"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
-_SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
+SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
 _KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
 Class = Annotated[int, Field(ge=0, lt=2**31)]
 Request = TypeVar("Request", bound="Options")
@@ -268,7 +268,7 @@ class Settings(Models):
     def record(self) -> dict[str, Any]:
         """Every setting, for job.json; secrets are left out."""
         values = self.model_dump(exclude={"overwrite", "retry_errors", "config", "verbose"})
-        values["storage"] = {name: value for name, value in self.storage.items() if name not in _SECRET}
+        values["storage"] = {name: value for name, value in self.storage.items() if name not in SECRET}
         return values
 
 
