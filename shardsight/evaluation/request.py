@@ -91,7 +91,7 @@ class Evaluation(Options):
         both = {name: getattr(self, name) for name in Options.model_fields}
         own = {"yolo": model.yolo, "paligemma": [model.paligemma] if model.paligemma else [], "adapter": model.adapter}
         out = f"{self.output.rstrip('/')}/models/{model.folder}"
-        alone = {} if model.paligemma else {"prompt": [], "revision": None}
+        alone: dict[str, Any] = {} if model.paligemma else {"prompt": [], "revision": None}
         # Whatever fails counts against the model in the report.
         rest = {"output": out, "max_error_rate": 1.0, "overwrite": self.overwrite, "verbose": self.verbose}
         return Settings(**(both | own | alone | rest | more))

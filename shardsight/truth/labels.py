@@ -95,10 +95,8 @@ class Truth:
 
 
 # Of COCO's 17 keypoints, in its order, as pycocotools has them.
-COCO_SIGMAS = (
-    np.array([0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89])
-    / 10
-)
+_TENFOLD = [0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89]
+COCO_SIGMAS = np.array(_TENFOLD) / 10
 
 
 class Faults:
