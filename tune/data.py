@@ -36,7 +36,8 @@ def inspect_model(path: str) -> str:
     """The task of weights or of an architecture by ultralytics. Raises ModelError."""
     if path.endswith(".pt") and not Path(path).exists():
         raise ModelError(
-            f"there are no weights at {path}: give a .pt file, or an architecture as yolov8n.yaml; nothing is downloaded"
+            f"there are no weights at {path}: give a .pt file, or an architecture, as yolov8n.yaml; "
+            "nothing is downloaded"
         )
     if not path.endswith((".pt", ".yaml", ".yml")):
         raise ModelError(f"{path} cannot be trained: give a .pt file, or an architecture as yolov8n.yaml")

@@ -1,4 +1,4 @@
-"""Progress of a sweep: on a terminal a live table of trials, elsewhere a line every ten seconds; and what came of it."""
+"""Progress of a sweep: on a terminal a live table of trials, elsewhere a line every ten seconds; and the outcome."""
 
 import time
 from dataclasses import dataclass, field

@@ -124,15 +124,13 @@ def _curves(trials: list[Trial], best: Trial | None) -> list[dict[str, Any]]:
 def _parallel(
     trials: list[Trial], best: Trial | None, names: list[str], ranges: Mapping[str, Range], total: int
 ) -> dict[str, Any]:
-    axes = []
+    axes: list[dict[str, Any]] = []
     for name in names:
         values = [trial.config.get(name) for trial in trials]
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         log = name in ranges and ranges[name].kind == "loguniform"
-        labels = (
-            None if numbers and ranges.get(name, Range("", ())).kind != "choice" else sorted(map(value_text, values))
-        )
-        axes.append({"name": name, "log": log, "labels": labels and list(dict.fromkeys(labels))})
+        labels = None if numbers and ranges.get(name, Range("", ())).kind != "choice" else _ordered(values)
+        axes.append({"name": name, "log": log, "labels": labels})
     lines = [
         {
             **{"number": trial.number, "best": trial is best, "fitness": trial.fitness},
@@ -148,6 +146,12 @@ def _parallel(
     if len(names) < total:
         note += f" The {len(names)} most important of {total} hyperparameters."
     return {"axes": axes, "lines": lines, "note": note}
+
+
+def _ordered(values: list[Any]) -> list[str]:
+    """Each value once, as text; numbers by size."""
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    return list(dict.fromkeys(value_text(value) for value in sorted(values, key=None if numbers else str)))
 
 
 def _table(trials: list[Trial], best: Trial | None, names: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import BasicVariantGenerator
 
 from shardsight import cluster
 from shardsight.errors import Fault, UsageError
@@ -47,8 +49,8 @@ _VERSIONS = ("ray", "optuna", "torch", "ultralytics", "numpy")
 class Trial:
     """A trial, and what it reported.
 
-    status: pending, running, done, stopped (by the scheduler), or failed. epochs: one dict an epoch. started: how often,
-    as after each death of its process. checkpoint: its newest, below the sweep's folder.
+    status: pending, running, done, stopped (by the scheduler), or failed. epochs: one dict an epoch. started: how
+    often, as after each death of its process. checkpoint: its newest, below the sweep's folder.
     """
 
     number: int
@@ -96,8 +98,8 @@ class Sweep:
 
     out: a folder or a prefix. configuration: what another run must have in common to go on with this one. about: what
     sweep.json and best.json say of the data. searcher, scheduler: make one, which knows nothing yet. space: of Tune.
-    ranges: the same for the report. samples: as Tune counts them; total: trials. cpus, gpus: of each trial; one GPU where
-    there are any by default.
+    ranges: the same for the report. samples: as Tune counts them; total: trials. cpus, gpus: of each trial; by default
+    one GPU, where there are any.
     """
 
     out: str
@@ -220,28 +222,33 @@ def _tune(sweep: Sweep, state: "_State") -> None:
     resumed = sweep.storage.exists(sweep.path(_STATE))
     if resumed:
         _unpack(sweep, filesystem, root)
-    scheduler = sweep.scheduler()
+    scheduler, searcher = sweep.scheduler(), sweep.searcher()
+    state.first = int(isinstance(searcher, BasicVariantGenerator))
     state.watch(scheduler)
     with _settings(sweep.verbose):
         tune.run(
             sweep.trainable,
             **{"name": TRIALS, "storage_path": root, "storage_filesystem": filesystem, "resume": resumed or None},
             **{"config": sweep.space, "num_samples": sweep.samples, "metric": "fitness", "mode": "max"},
-            **{"search_alg": sweep.searcher(), "scheduler": scheduler},
+            **{"search_alg": searcher, "scheduler": scheduler},
             resources_per_trial={"cpu": sweep.cpus, "gpu": sweep.gpus},
             max_failures=_FAILURES,
             # PBT copies a checkpoint of another trial, which has meanwhile made some more.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=_CHECKPOINTS if _is_asha(scheduler) else 5),
             trial_name_creator=lambda trial: trial.trial_id,
-            trial_dirname_creator=lambda trial: f"{number_of(trial):05d}",
+            trial_dirname_creator=partial(_folder, first=state.first),
             callbacks=[state, tune.logger.TBXLoggerCallback(), *sweep.loggers()],
             **{"raise_on_failed_trial": False, "verbose": 3 if sweep.verbose else 0},
         )
 
 
-def number_of(trial: TuneTrial) -> int:
-    """Counted from the first trial; Tune's tag begins with it."""
-    return int(trial.experiment_tag.partition("_")[0].partition("@")[0])
+def _number(trial: TuneTrial, first: int) -> int:
+    """Counted from 1; Tune's tag begins with it, less `first`."""
+    return int(trial.experiment_tag.partition("_")[0].partition("@")[0]) + first
+
+
+def _folder(trial: TuneTrial, first: int) -> str:
+    return f"{_number(trial, first):05d}"
 
 
 def _is_asha(scheduler: Any) -> bool:
@@ -261,7 +268,7 @@ def _settings(verbose: bool) -> Iterator[None]:
     """Tune's own settings, for the time of a sweep: TensorBoard's files alone, and no output but ours."""
     before = {name: os.environ.get(name) for name in _OF_TUNE}
     levels = {name: logging.getLogger(name).level for name in ("ray.tune", "ray.train")}
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     if not verbose:
         for name in levels:
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -286,6 +293,7 @@ class _State(tune.Callback):
         self.trials: dict[str, Trial] = {}  # by Tune's id
         self.scheduler: Any = None
         self.controller: Any = None
+        self.first = 0  # Tune counts the trials of some searchers from 0
         self.changed = False
 
     @property
@@ -309,7 +317,7 @@ class _State(tune.Callback):
 
     def _of(self, trial: TuneTrial) -> Trial:
         self.changed = True
-        found = self.trials.setdefault(trial.trial_id, Trial(number_of(trial), trial.trial_id, {}))
+        found = self.trials.setdefault(trial.trial_id, Trial(_number(trial, self.first), trial.trial_id, {}))
         found.config = dict(trial.config)
         return found
 

@@ -79,8 +79,8 @@ def quiet() -> None:
 def train(config: dict[str, Any], request: Request) -> None:
     """Tune's trainable. config: the trial's hyperparameters; `model` may be among them.
 
-    Reports each epoch's metrics and a checkpoint. What fails is reported as `error` and `traceback`, with the fitness 0,
-    and ends the trial: an exception would make Tune try again what fails again. Only a process that dies is tried again.
+    Reports each epoch's metrics and a checkpoint. A failure is reported as `error` and `traceback`, with the fitness 0,
+    and ends the trial: after an exception Tune would try again what fails again. Only a process that dies is restarted.
     """
     quiet()
     torch.set_num_threads(request.threads)

@@ -250,7 +250,7 @@ def _space(settings: Settings, chosen: str, training: Any) -> Space:
         for name, values in space.ranges.items():
             if values.kind not in ("uniform", "int"):
                 raise UsageError(
-                    f"--search genetic takes `uniform` and `int` alone, and {name} is {values.kind}: take another search"
+                    f"--search genetic takes `uniform` and `int` alone, and {name} is a {values.kind}: choose another"
                 )
     return Space(space.ranges, given | space.fixed)
 

@@ -39,6 +39,7 @@ class YoloInfo:
 
 def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
     """Raises ModelError. Takes seconds for the first call, and again after a file of the model has changed."""
+    path = str(weights_of(Path(path)))
     if not Path(path).exists():
         raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
     state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(path)).values())
@@ -49,6 +50,12 @@ def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
     return {"model": info.path} | {name: getattr(settings, name) for name in names}
+
+
+def weights_of(path: Path) -> Path:
+    """The file of weights that a folder with one `.pt` stands for, such as the `best/` of a sweep; else the path."""
+    found = list(path.glob("*.pt")) if path.is_dir() else []
+    return found[0] if len(found) == 1 else path
 
 
 @lru_cache
