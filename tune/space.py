@@ -90,8 +90,8 @@ def check_name(name: str, known: Iterable[str]) -> None:
     """Raises UsageError for a hyperparameter that is not known."""
     names = sorted(known)
     if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {close[0]}?" if close else "see the training settings of ultralytics"
+        close = difflib.get_close_matches(name, names, 2)
+        hint = f"did you mean {' or '.join(sorted(close))}?" if close else "see the training settings of ultralytics"
         raise UsageError(f"there is no hyperparameter {name}: {hint}")
 
 
