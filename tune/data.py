@@ -92,7 +92,7 @@ class _Scan:
     problems: list[str]
 
 
-class _Dataset(YOLODataset):
+class _Dataset(YOLODataset):  # type: ignore[misc]  # ultralytics has no types
     """Keeps what ultralytics says of the labels, which it otherwise logs."""
 
     def get_labels(self) -> list[dict[str, Any]]:

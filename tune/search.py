@@ -62,7 +62,7 @@ def scheduler(name: str, space: Space, epochs: int) -> TrialScheduler:
             raise UsageError("--scheduler pbt has nothing to change: give --space a range")
         return PopulationBasedTraining(
             time_attr=TIME,
-            perturbation_interval=max(1, epochs // 5),
+            perturbation_interval=max(2, epochs // 5),
             hyperparam_mutations={
                 one: list(values.values) if values.kind == "choice" else values.domain()
                 for one, values in space.ranges.items()
@@ -78,7 +78,7 @@ def clipped(config: dict[str, Any], ranges: dict[str, Range]) -> dict[str, Any]:
     return {name: ranges[name].clip(value) if name in ranges else value for name, value in config.items()}
 
 
-class Genetic(Searcher):
+class Genetic(Searcher):  # type: ignore[misc]  # Ray has no types
     """ultralytics' genetic algorithm, which mutates the best of the trials that have ended.
 
     evolution: proposes hyperparameters from a history of {fitness, hyperparameters}; the first are the defaults.
@@ -105,7 +105,7 @@ class Genetic(Searcher):
         """Only what a trial has reached at its end counts."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        fitness = float((result or {}).get(self._metric) or 0.0)
+        fitness = float((result or {}).get(str(self._metric)) or 0.0)
         self.history.append({"fitness": fitness, "hyperparameters": self.proposed[trial_id]})
 
     def save(self, checkpoint_path: str) -> None:

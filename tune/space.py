@@ -42,7 +42,7 @@ class Range:
             return distributions.CategoricalDistribution(self.values)
         if self.kind == "int":
             return distributions.IntDistribution(*self.values)
-        return distributions.FloatDistribution(*self.values, log=self.kind == "loguniform")
+        return distributions.FloatDistribution(self.values[0], self.values[1], log=self.kind == "loguniform")
 
     def clip(self, value: Any) -> Any:
         """The nearest value within the range; choices as they are."""

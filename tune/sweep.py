@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from shardsight import cluster
@@ -238,6 +238,8 @@ def _tune(sweep: Sweep, state: "_State") -> None:
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=partial(_folder, first=state.first),
             callbacks=[state, tune.logger.TBXLoggerCallback(), *sweep.loggers()],
+            # PBT begins trials anew all the time, and each process takes seconds to come up.
+            reuse_actors=isinstance(scheduler, PopulationBasedTraining),
             **{"raise_on_failed_trial": False, "verbose": 3 if sweep.verbose else 0},
         )
 
@@ -284,7 +286,7 @@ def _settings(verbose: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _State(tune.Callback):
+class _State(tune.Callback):  # type: ignore[misc]  # Ray has no types
     """Keeps the trials, and writes the state of the sweep after each event."""
 
     def __init__(self, sweep: Sweep, watcher: Watcher) -> None:

@@ -54,7 +54,7 @@ class Request:
     threads: int = 1
 
 
-class Evolution(Tuner):
+class Evolution(Tuner):  # type: ignore[misc]  # ultralytics has no types
     """ultralytics' genetic algorithm, and its search space. space: name → (low, high); ultralytics' own by default."""
 
     def __init__(self, space: dict[str, tuple[float, float]] | None = None) -> None:

@@ -196,35 +196,51 @@ def plan(settings: Settings) -> Any:
     tasks = {model: inspect_model(model) for model in models}
     if len(set(tasks.values())) > 1:
         raise UsageError(f"the models are for different tasks, {tasks}: give models for one")
-    for name in settings.callbacks:
-        try:
-            training.callback(name, str(Path.cwd()))
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"--callbacks {name} cannot be imported from {Path.cwd()}: {error}") from error
+    _check_callbacks(settings.callbacks, training)
     data = inspect_data(settings.data, tasks[models[0]])
-    request = training.Request(
-        **{"model": models[0], "data": data.path, "epochs": settings.epochs, "seed": settings.seed},
-        **{"settings": {"imgsz": settings.imgsz, **space.fixed}, "callbacks": settings.callbacks},
-        **{"folder": str(Path.cwd()), "threads": settings.cpus_per_trial},
-    )
     scheduler = partial(search.scheduler, settings.scheduler, space, settings.epochs)
     scheduler()  # raises what is wrong with it
-    total = settings.samples or 20
-    if chosen == "grid":
-        total = math.prod(len(values.values) for values in space.ranges.values())
+    request = training.Request(
+        model=models[0],
+        data=data.path,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        settings={"imgsz": settings.imgsz, **space.fixed},
+        callbacks=settings.callbacks,
+        folder=str(Path.cwd()),
+        threads=settings.cpus_per_trial,
+    )
+    combinations = math.prod(len(values.values) for values in space.ranges.values())
     made = sweep.Sweep(
-        **{"out": settings.output, "storage": storage, "trainable": partial(training.train, request=request)},
+        out=settings.output,
+        storage=storage,
         configuration={name: value for name, value in settings.record().items() if name not in _FREE},
         about={"task": tasks[models[0]], "data": asdict(data)},
+        trainable=partial(training.train, request=request),
         searcher=lambda: search.searcher(chosen, space, settings.seed, _evolution(settings, space, training)),
-        **{"space": search.param_space(chosen, space), "ranges": space.ranges, "scheduler": scheduler},
-        **{"samples": 1 if chosen == "grid" else total, "total": total, "epochs": settings.epochs},
-        **{"cpus": settings.cpus_per_trial, "gpus": settings.gpus_per_trial},
-        **{"loggers": partial(_loggers, settings), "verbose": settings.verbose},
+        scheduler=scheduler,
+        space=search.param_space(chosen, space),
+        ranges=space.ranges,
+        samples=1 if chosen == "grid" else settings.samples or 20,
+        total=combinations if chosen == "grid" else settings.samples or 20,
+        epochs=settings.epochs,
+        cpus=settings.cpus_per_trial,
+        gpus=settings.gpus_per_trial,
+        loggers=partial(_loggers, settings),
+        verbose=settings.verbose,
     )
     if settings.overwrite:
         sweep.clear(settings.output, storage)
     return made
+
+
+def _check_callbacks(names: list[str], training: Any) -> None:
+    """Raises UsageError for what cannot be imported."""
+    for name in names:
+        try:
+            training.callback(name, str(Path.cwd()))
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"--callbacks {name} cannot be imported from {Path.cwd()}: {error}") from error
 
 
 def _space(settings: Settings, chosen: str, training: Any) -> Space:
@@ -243,7 +259,7 @@ def _space(settings: Settings, chosen: str, training: Any) -> Space:
         }
         space = Space({name: values for name, values in ranges.items() if name not in given}, {})
     else:
-        space = parse_space({} if settings.space == "none" else settings.space, known)
+        space = parse_space(settings.space if isinstance(settings.space, dict) else {}, known)
     if twice := sorted(given.keys() & (space.ranges | space.fixed).keys()):
         raise UsageError(f"{twice[0]} is in --space and in --train: give it once")
     if chosen == "genetic":

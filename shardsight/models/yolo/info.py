@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError, sha256_of
+from shardsight.models.info import ModelError, sha256_of, weights_of
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 
@@ -50,12 +50,6 @@ def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
     return {"model": info.path} | {name: getattr(settings, name) for name in names}
-
-
-def weights_of(path: Path) -> Path:
-    """The file of weights that a folder with one `.pt` stands for, such as the `best/` of a sweep; else the path."""
-    found = list(path.glob("*.pt")) if path.is_dir() else []
-    return found[0] if len(found) == 1 else path
 
 
 @lru_cache

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shardsight.models.info import ModelError
-from shardsight.models.yolo.info import weights_of
+from shardsight.models.info import ModelError, weights_of
 from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor
 
 _TASKS = "expected a YOLO for detect, segment, classify, pose or obb"
