@@ -251,34 +251,40 @@ def test_a_sweep_in_a_store(tune: Tune, data: Path, tmp_path: Path, s3: S3) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_killed_driver_loses_no_trial(tmp_path: Path) -> None:
-    """The driver is killed with its Ray at random moments, and the same command goes on: no trial is lost, none trains
-    an epoch again that the state had, and the table is that of a sweep that nothing happened to."""
+    """The driver is killed ten times, with its Ray, after random numbers of epochs, and the same command goes on: no trial
+    is lost, none trains an epoch again that the state had, and the table is that of a sweep that nothing happened to."""
     tables = []
     for name, kills in (("whole", 0), ("killed", 10)):
-        data = make_data(tmp_path / name)
-        out, left, generator = tmp_path / f"{name}-out", kills, random.Random(5)
-        arguments = ("--search", "random", "--scheduler", "none", "--samples", "4", "--epochs", "6")
+        data, out = make_data(tmp_path / name), tmp_path / f"{name}-out"
+        begun, generator = data.with_name("begun"), random.Random(5)
+        arguments = ("--search", "random", "--scheduler", "none", "--samples", "4", "--epochs", "20")
         lines = space(tmp_path, lr0="loguniform 1e-3 1e-2")
         where = ("--data", data, "--output", out, "--space", lines, "--callbacks", "tests.tune_callbacks:note")
-        while True:
+        for left in range(kills, -1, -1):
             known = _state(out)
-            data.with_name("begun").write_text("")
+            begun.write_text("")
             driver = _start(*SMALL, *arguments, *where)
             if left:
-                deadline = time.monotonic() + generator.uniform(8, 30)
-                while driver.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                os.kill(driver.pid, signal.SIGKILL) if driver.poll() is None else None
-                left -= 1
-            code = driver.wait(600)
-            for line in data.with_name("begun").read_text().splitlines():
+                # Of 80 epochs, no more than 70 begin before the last kill.
+                _wait(driver, begun, generator.randint(0, 7), generator.uniform(0, 1))
+                assert driver.poll() is None
+                driver.kill()
+            assert driver.wait(900) == (-signal.SIGKILL if left else 0)
+            for line in begun.read_text().splitlines():
                 trial, epoch = line.split()
                 assert int(epoch) > known.get(trial, 0), f"trial {trial} trains epoch {epoch} again"
-            if code == 0:
-                break
         tables.append(trials(out))
-        assert [[epoch["epoch"] for epoch in row["history"]] for row in tables[-1]] == [list(range(1, 7))] * 4
+        assert [[epoch["epoch"] for epoch in row["history"]] for row in tables[-1]] == [list(range(1, 21))] * 4
     assert tables[0] == tables[1]
+
+
+def _wait(driver: subprocess.Popen[bytes], begun: Path, epochs: int, seconds: float) -> None:
+    """Until so many epochs have begun, and then so long; without epochs, so many parts of the time to start up."""
+    deadline = time.monotonic() + (10 * seconds if not epochs else float("inf"))
+    while driver.poll() is None and time.monotonic() < deadline:
+        if epochs and len(begun.read_text().splitlines()) >= epochs:
+            deadline, epochs = time.monotonic() + seconds / 4, 0
+        time.sleep(0.01)
 
 
 def _start(*arguments: Any) -> subprocess.Popen[bytes]:
