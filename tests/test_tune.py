@@ -14,10 +14,12 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -251,8 +253,9 @@ def test_a_sweep_in_a_store(tune: Tune, data: Path, tmp_path: Path, s3: S3) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_killed_driver_loses_no_trial(tmp_path: Path) -> None:
-    """The driver is killed ten times, with its Ray, after random numbers of epochs, and the same command goes on: no trial
-    is lost, none trains an epoch again that the state had, and the table is that of a sweep that nothing happened to."""
+    """The driver is killed ten times, and each second time all processes of its Ray with it, after random numbers of
+    epochs, and the same command goes on: no trial is lost, none trains an epoch again that the state had, and the table
+    is that of a sweep that nothing happened to."""
     tables = []
     for name, kills in (("whole", 0), ("killed", 10)):
         data, out = make_data(tmp_path / name), tmp_path / f"{name}-out"
@@ -268,7 +271,10 @@ def test_a_killed_driver_loses_no_trial(tmp_path: Path) -> None:
                 # Of 80 epochs, no more than 70 begin before the last kill.
                 _wait(driver, begun, generator.randint(0, 7), generator.uniform(0, 1))
                 assert driver.poll() is None
-                driver.kill()
+                ray = psutil.Process(driver.pid).children(recursive=True) if left % 2 else []
+                for process in (psutil.Process(driver.pid), *ray):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
             assert driver.wait(900) == (-signal.SIGKILL if left else 0)
             for line in begun.read_text().splitlines():
                 trial, epoch = line.split()
