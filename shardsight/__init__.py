@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardsight.errors import UsageError as UsageError
+    from shardsight.evaluation.run import Report as Report
+    from shardsight.evaluation.run import evaluate as evaluate
     from shardsight.job import Job as Job
     from shardsight.job import JobError as JobError
     from shardsight.job import annotate as annotate
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "annotate": "shardsight.job",
+    "evaluate": "shardsight.evaluation.run",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
     "PaliGemma": "shardsight.models.paligemma.model",
+    "Report": "shardsight.evaluation.run",
     "UsageError": "shardsight.errors",
     "Yolo": "shardsight.models.yolo.model",
     "load_results": "shardsight.job",

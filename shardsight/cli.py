@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from shardsight.errors import UsageError
@@ -10,8 +11,9 @@ from shardsight.errors import UsageError
 # The rest is imported by each command, in seconds during which an interrupt is already handled.
 
 COMMANDS = (
-    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], or shardsight show OUT; "
-    "see also annotate --help and show --help"
+    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], shardsight show OUT, or "
+    "shardsight evaluate --data PATH [--yolo PATH ...] [--paligemma PATH ...] --output PATH; "
+    "see also annotate --help, show --help and evaluate --help"
 )
 
 
@@ -21,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         return annotate(rest, "shardsight annotate")
     if command == "show":
         return show(rest, "shardsight show")
+    if command == "evaluate":
+        return evaluate(rest, "shardsight evaluate")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -36,11 +40,26 @@ def annotate(arguments: list[str] | None = None, command: str = "python -m jobs.
 
         print(help_text(command))
         return 0
+    return _interruptible(_annotate, arguments)
+
+
+def evaluate(arguments: list[str] | None = None, command: str = "python -m jobs.evaluate") -> int:
+    """Evaluate models as the command line says; returns the exit code of the contract: 0, 1, 2 or 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        from shardsight.evaluation.request import help_text
+
+        print(help_text(command))
+        return 0
+    return _interruptible(_evaluate, arguments)
+
+
+def _interruptible(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in before:  # what a scheduler sends first is an interrupt, too
         signal.signal(kind, _interrupt)
     try:
-        return _annotate(arguments)
+        return run(arguments)
     except KeyboardInterrupt:  # before there was a job
         return 130
     finally:
@@ -80,6 +99,37 @@ def _annotate(arguments: list[str]) -> int:
     if said:
         print(f"shardsight: {said}", file=sys.stderr)
     return code
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from shardsight import cluster
+    from shardsight.evaluation.request import Evaluation
+    from shardsight.evaluation.run import run
+    from shardsight.job import JobError, JobInterrupted
+    from shardsight.progress import Progress
+    from shardsight.settings import parse_as
+
+    alone = not cluster.joined()
+    try:
+        with Progress() as progress:
+            made = run(parse_as(Evaluation, arguments), progress, progress.console.print)
+    except (JobInterrupted, JobError) as error:
+        resumable = (
+            "" if isinstance(error, JobInterrupted) else "; nothing finished is lost, and the same command goes on"
+        )
+        print(f"shardsight: {error.job.out}: {error}{resumable}", file=sys.stderr)
+        return 130 if isinstance(error, JobInterrupted) else 1
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if alone:
+            cluster.leave()
+    made.print(Console(stderr=True))
+    print(made.page)
+    return 0
 
 
 def show(arguments: list[str] | None = None, command: str = "python -m jobs.show") -> int:

@@ -11,7 +11,7 @@ from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo import info as yolo
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.trackers import needs_pixels, tracker_settings
-from shardsight.settings import Models
+from shardsight.settings import Models, Settings
 from shardsight.storage import Storage
 
 ModelInfos = dict[str, YoloInfo | PaliGemmaInfo]  # by name: `yolo`, `paligemma`, `paligemma 448`
@@ -53,6 +53,8 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
             found[name] = yolo.arguments(settings, model)
             continue
         found[name] = paligemma.arguments(settings, model)
+        if isinstance(settings, Settings):
+            found[name]["prompt_column"] = settings.prompt_column
         if len(sizes) > 1:
             found[name]["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
     return found

@@ -1,0 +1,94 @@
+"""Prompts with their right answers: JSONL of image, prefix and suffix, or the JSON of VQA."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shardsight.errors import UsageError
+from shardsight.models.paligemma.prompts import Prompt, PromptError
+from shardsight.storage import Storage
+from shardsight.truth.labels import MISSING, Faults, Sample, Truth
+
+NO_QUESTION = "lines without a picture, a prompt or an answer; left out"
+NO_PROMPT = "prompts that PaliGemma does not take; left out"
+ASKED_TWICE = "prompts that are there twice for a picture; their answers are joined"
+
+
+def read_jsonl(path: str, text: str, storage: Storage) -> Truth:
+    """Lines of {"image", "prefix", "suffix"}; a suffix is a text, or a list of texts that are all right. Pictures are
+    relative to the file. Raises UsageError."""
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path} is no JSONL: line {number}: {error}") from None
+        entries.append((f"line {number}", value if isinstance(value, dict) else {}))
+    return _truth(path, entries, storage)
+
+
+def is_vqa(content: Any) -> bool:
+    return isinstance(content, dict) and "questions" in content
+
+
+def read_vqa(path: str, content: Mapping[str, Any], storage: Storage) -> Truth:
+    """VQAv2's questions, with `annotations` in the same file or in the one whose name has `annotations` instead of
+    `questions`; a picture is `image`, or COCO's name of `image_id`. Raises UsageError."""
+    annotations = content.get("annotations")
+    if annotations is None:
+        other = "annotations".join(path.rsplit("questions", 1))
+        if other == path or not storage.exists(other):
+            raise UsageError(f"{path} has questions, but no annotations: put them beside it as {other}")
+        annotations = json.loads(storage.read(other))["annotations"]
+    answers = {
+        one["question_id"]: [str(answer["answer"]) for answer in one.get("answers") or ()]
+        or [str(one["multiple_choice_answer"])]
+        for one in annotations
+    }
+    subset = content.get("data_subtype", "val2014")
+    entries = []
+    for question in content["questions"]:
+        image = question.get("image") or f"COCO_{subset}_{int(question['image_id']):012d}.jpg"
+        prefix = f"answer en {question['question']}"
+        right = answers.get(question["question_id"])
+        entries.append((f"question {question['question_id']}", {"image": image, "prefix": prefix, "suffix": right}))
+    return _truth(path, entries, storage)
+
+
+def _truth(path: str, entries: Iterable[tuple[str, Mapping[str, Any]]], storage: Storage) -> Truth:
+    folder = path.rpartition("/")[0]
+    faults, samples = Faults(), dict[str, Sample]()
+    for name, entry in entries:
+        image, prefix, suffix = (entry.get(key) for key in ("image", "prefix", "suffix"))
+        if not isinstance(image, str) or not isinstance(prefix, str) or suffix is None:
+            faults.add(NO_QUESTION, name)
+            continue
+        try:
+            prompt = Prompt.of(prefix).text
+        except PromptError as error:
+            faults.add(NO_PROMPT, f"{name}: {error}")
+            continue
+        uri = _picture(folder, image, storage, faults, samples)
+        answers = [str(one) for one in suffix] if isinstance(suffix, list) else [str(suffix)]
+        asked = samples[uri].asked
+        if prompt in asked:
+            faults.add(ASKED_TWICE, f"{name}: {image}, {prompt}")
+        asked[prompt] = asked.get(prompt, []) + answers
+    if not samples:
+        raise UsageError(f"{path} has no line with image, prefix and suffix: write one a question")
+    return Truth("text", {}, list(samples.values()), faults.found())
+
+
+def _picture(folder: str, image: str, storage: Storage, faults: Faults, samples: dict[str, Sample]) -> str:
+    """The picture's path or uri, with a sample for it."""
+    uri = image if "://" in image or image.startswith("/") else f"{folder}/{image}"
+    if uri not in samples:
+        there = storage.exists(uri)
+        if not there and storage.exists(beside := f"{folder}/images/{image}"):
+            uri, there = beside, True
+        if not there:
+            faults.add(MISSING, uri)
+        samples.setdefault(uri, Sample(uri))
+    return uri
