@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from shardsight.errors import UsageError as UsageError
     from shardsight.evaluation.run import Report as Report
     from shardsight.evaluation.run import evaluate as evaluate
+    from shardsight.exporting import Exports as Exports
+    from shardsight.exporting import export as export
     from shardsight.job import Job as Job
     from shardsight.job import JobError as JobError
     from shardsight.job import annotate as annotate
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "annotate": "shardsight.job",
     "evaluate": "shardsight.evaluation.run",
+    "Exports": "shardsight.exporting",
+    "export": "shardsight.exporting",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
     "PaliGemma": "shardsight.models.paligemma.model",

@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         return show(rest, "shardsight show")
     if command == "evaluate":
         return evaluate(rest, "shardsight evaluate")
+    if command == "export":
+        return export(rest, "shardsight export")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -140,18 +142,113 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
     parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
     parser.add_argument("--page", metavar="PATH", help="OUT/page.html by default; ./page.html where OUT is in a store")
     parser.add_argument("--count", metavar="N", type=int, default=24, help="pictures on the page; 24 by default")
-    parser.add_argument(
-        "--storage", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="of the store; as for the job"
-    )
+    _add_storage(parser)
     args = parser.parse_args(arguments)
     try:
-        if wrong := [pair for pair in args.storage if "=" not in pair]:
-            raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
-        print(viewer.show(args.out, args.page, args.count, dict(pair.split("=", 1) for pair in args.storage)))
+        print(viewer.show(args.out, args.page, args.count, _storage(args.storage)))
     except UsageError as error:
         print(f"shardsight: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="of the store; as for the job"
+    )
+
+
+def _storage(pairs: list[str]) -> dict[str, str]:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+_EXPORT_EXAMPLES = """Examples:
+  {command} best.pt --format onnx,openvino --output exports
+  {command} best.pt --format openvino --precision fp32,int8 --data data.yaml --within 0.3 --output exports
+
+Nothing is downloaded or installed: what a format needs and this machine lacks is named. Exit codes: 0 done, 1 stopped
+by a fault, 2 the request is wrong, 3 done and some exports failed, 130 interrupted."""
+
+
+def export(arguments: list[str] | None = None, command: str = "python -m jobs.export") -> int:
+    """Export a YOLO as the command line says; returns the exit code of the contract: 0, 1, 2, 3 or 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def run(arguments: list[str]) -> int:
+        return _export(arguments, command)
+
+    return _interruptible(run, arguments)
+
+
+def _export(arguments: list[str], command: str) -> int:
+    from rich.console import Console
+
+    from shardsight import cluster
+    from shardsight.exporting import Request, run
+    from shardsight.job import JobError, JobInterrupted
+    from shardsight.sources import absolute
+
+    args = vars(_export_parser(command).parse_args(arguments))
+    alone, console = not cluster.joined(), Console(stderr=True)
+    options = {name: args.pop(name) for name in ("imgsz", "batch", "dynamic", "nms", "opset", "fraction")}
+    try:
+        data = args["data"] and absolute(args["data"])
+        several = {name: args[name].split(",") for name in ("formats", "precisions")}
+        paths = {name: absolute(args[name].rstrip("/")) for name in ("model", "output")}
+        storage = _storage(args["storage"])
+        given = {name: value for name, value in options.items() if value not in (None, False)}
+        made = run(Request(**args | several | paths | {"data": data, "storage": storage, "options": given}), console)
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    except (JobInterrupted, JobError) as error:
+        print(f"shardsight: {error}; the exports are there", file=sys.stderr)
+        return 130 if isinstance(error, JobInterrupted) else 1
+    finally:
+        if alone:
+            cluster.leave()
+    made.print(console)
+    print(made.page or made.out)
+    return 3 if made.failed else 0
+
+
+def _export_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description="A YOLO in other formats, and their speed and accuracy beside the original's.",
+        epilog=_EXPORT_EXAMPLES.format(command=command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="YOLOv8 weights (.pt), local or in a store")
+    add(
+        "--format",
+        dest="formats",
+        metavar="NAME,...",
+        required=True,
+        help="as ultralytics names them: onnx, openvino, …",
+    )
+    add("--precision", dest="precisions", metavar="NAME,...", default="", help="fp32, fp16, int8, w8a16, w8a32")
+    add("--output", metavar="DIR", required=True, help="an empty folder, or a prefix in a store")
+    add("--data", metavar="PATH", help="labelled pictures: calibrate int8, and compare all; or pictures to calibrate")
+    add("--within", metavar="POINTS", type=float, help="name the fastest export that loses no more than this")
+    add("--limit", metavar="N", type=int, help="compare on the first N pictures only")
+    add("--imgsz", metavar="N or H,W", type=_imgsz, help="input size; the model's own by default")
+    add("--batch", metavar="N", type=int, help="pictures at once; with --dynamic, at most")
+    add("--dynamic", action="store_true", help="any input size")
+    add("--nms", action="store_true", help="with non-maximum suppression inside")
+    add("--opset", metavar="N", type=int, help="of ONNX")
+    add("--fraction", metavar="0..1", type=float, help="share of the calibration pictures")
+    add("--overwrite", action="store_true", help="delete earlier exports in DIR")
+    _add_storage(parser)
+    return parser
+
+
+def _imgsz(text: str) -> int | list[int]:
+    sides = [int(side) for side in text.split(",")]
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _interrupt(*_: Any) -> None:

@@ -21,7 +21,7 @@ def inspect(settings: Models) -> ModelInfos:
     """What each model is, in the order in which pictures pass through them. Raises ModelError, UsageError."""
     models: ModelInfos = {}
     if settings.yolo:
-        models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz)
+        models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz, Storage(settings.storage))
         if settings.track and info.task == "classify":
             raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
     resolutions: dict[int, PaliGemmaInfo] = {}
