@@ -151,7 +151,7 @@ class Samples:
             if not wanted:
                 self.report.leave_out("pictures without a class that is wanted", row["id"])
                 return None
-            return Sample(**place, category=self.categories[wanted[0]["label"]])
+            return Sample(**place, category=self.categories[wanted[0]["label"]], score=wanted[0]["score"])
         return Sample(**place, found=tuple(self._found(row)))
 
     def _found(self, row: Mapping[str, Any]) -> Iterator[Found]:

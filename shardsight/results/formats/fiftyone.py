@@ -17,7 +17,7 @@ def write(samples: Iterable[Sample], contents: Contents, target: Target, report:
         target.put(f"data/{sample.file}", sample.picture)
         if contents.classes:
             assert sample.category is not None
-            labels.add(contents.names[sample.category], sample.name)
+            labels.add({"label": contents.names[sample.category], **_confidence(sample.score)}, sample.name)
         else:
             labels.add([_label(found, sample, contents.names) for found in sample.found], sample.name)
         report.written.update(pictures=1, objects=len(sample.found))
@@ -29,6 +29,9 @@ def write(samples: Iterable[Sample], contents: Contents, target: Target, report:
 def _label(found: Found, sample: Sample, names: list[str]) -> dict[str, Any]:
     x1, y1, x2, y2 = found.box
     box = xywh((*sample.relative(x1, y1), *sample.relative(x2, y2)))
-    score = {} if found.score is None else {"confidence": found.score}
     attributes = {} if found.track_id is None else {"track_id": found.track_id}
-    return {"label": names[found.category], "bounding_box": box, **score, "attributes": attributes}
+    return {"label": names[found.category], "bounding_box": box, **_confidence(found.score), "attributes": attributes}
+
+
+def _confidence(score: float | None) -> dict[str, float]:
+    return {} if score is None else {"confidence": score}

@@ -29,7 +29,7 @@ def write(samples: Iterable[Sample], contents: Contents, target: Target, report:
 
     Columns: `image`, `id`, `width`, `height`, and `objects` of lists: `bbox` (x, y, width, height in pixels),
     `categories` (a ClassLabel), `scores`, and as there are any `track_ids`, `corners`, `keypoints` (x, y, score of
-    each), `masks` (COCO's compressed RLE, of the picture's size). Of a classifier's results `label`, a ClassLabel.
+    each), `masks` (COCO's compressed RLE, of the picture's size). Of a classifier's results `label`, a ClassLabel, and `score`.
     """
     features = _features(contents)
     schema = pa.schema([(name, type) for name, (_, type) in features.items()])
@@ -87,7 +87,7 @@ def _features(contents: Contents) -> dict[str, _Type]:
     label = {"names": contents.names, "_type": "ClassLabel"}, pa.int64()
     columns = {"image": _IMAGE, "id": _TEXT, "width": _INT, "height": _INT}
     if contents.classes:
-        return columns | {"label": label}
+        return columns | {"label": label, "score": _FLOAT}
     lists = {"bbox": _list(_list(_FLOAT)), "categories": _list(label), "scores": _list(_FLOAT)}
     lists |= {"track_ids": _list(_LONG)} if contents.tracks else {}
     lists |= {"corners": _list(_list(_FLOAT))} if contents.corners else {}
@@ -102,7 +102,7 @@ def _row(sample: Sample, contents: Contents) -> dict[str, Any]:
     row: dict[str, Any] = {"image": {"bytes": sample.picture.data, "path": sample.file}}
     row |= {"id": sample.id, "width": sample.width, "height": sample.height}
     if contents.classes:
-        return row | {"label": sample.category}
+        return row | {"label": sample.category, "score": sample.score}
     found = sample.found
     objects: dict[str, list[Any]] = {
         "bbox": [xywh(one.box) for one in found],

@@ -35,7 +35,7 @@ def write(samples: Iterable[Sample], contents: Contents, target: Target, report:
         target.put(place, sample.picture)
         address = target.path(place) if target.remote else f"/data/local-files/?d={place}"
         regions = list(_regions(sample, contents))
-        scores = [found.score for found in sample.found if found.score is not None]
+        scores = [score for score in (sample.score, *(found.score for found in sample.found)) if score is not None]
         prediction: dict[str, Any] = {"model_version": contents.model, "result": regions}
         prediction |= {"score": fmean(scores)} if scores else {}
         tasks.add({"data": {"image": address, "id": sample.id}, "predictions": [prediction]})
@@ -72,7 +72,7 @@ def _regions(sample: Sample, contents: Contents) -> Iterator[dict[str, Any]]:
         return base | {"value": value | {kind: [label]}} | {key: one for key, one in more.items() if one is not None}
 
     if sample.category is not None:
-        yield {**region("class", contents.names[sample.category], {})}
+        yield region("class", contents.names[sample.category], {}, score=sample.score)
     for found in sample.found:
         label = contents.names[found.category]
         ring = None if found.mask is None else outline(found.mask)

@@ -41,8 +41,8 @@ class Found:
 class Sample:
     """A picture, or a frame of a video: its row's id, uri, place and size in pixels as shown, and what was found in it.
 
-    category: of the whole picture, from a classifier; index in Contents.names. picture: for the formats that hold
-    pictures.
+    category, score: of the whole picture, from a classifier; index in Contents.names. picture: for the formats that
+    hold pictures.
     """
 
     id: str
@@ -53,6 +53,7 @@ class Sample:
     pts_seconds: float | None = None
     found: tuple[Found, ...] = ()
     category: int | None = None
+    score: float | None = None
     picture: Picture | None = None
 
     @property

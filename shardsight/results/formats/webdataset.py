@@ -42,8 +42,9 @@ def _content(sample: Sample, names: list[str]) -> dict[str, Any]:
         {"label": names[found.category], "class_id": found.category, **_known(vars(found), but="category")}
         for found in sample.found
     ]
-    label = {} if sample.category is None else {"label": names[sample.category], "class_id": sample.category}
-    return _known(head) | label | ({} if label else {"objects": objects})
+    if sample.category is None:
+        return _known(head) | {"objects": objects}
+    return _known(head | {"label": names[sample.category], "class_id": sample.category, "score": sample.score})
 
 
 def _known(values: dict[str, Any], but: str = "") -> dict[str, Any]:
