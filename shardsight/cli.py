@@ -118,6 +118,7 @@ def convert(arguments: list[str] | None = None, command: str = "python -m jobs.c
     )
     parser.add_argument("--min-score", metavar="F", type=float, default=0.0, help="leave out objects below; 0")
     parser.add_argument("--label", metavar="NAME", action="append", default=[], help="only these; repeatable")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="only its answers; repeatable")
     parser.add_argument("--split", metavar="F", type=float, help="share of pictures for validation; 0.2")
     parser.add_argument("--link", action="store_true", help="link to local pictures instead of copying them")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier conversion in DIR")

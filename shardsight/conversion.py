@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,19 +67,20 @@ def convert(
     source: str = "detections",
     min_score: float = 0.0,
     label: Sequence[str] = (),
+    prompt: Sequence[str] = (),
     split: float | None = None,
     link: bool = False,
     overwrite: bool = False,
     storage: Mapping[str, str] | None = None,
 ) -> Report:
     """Write the results of a job, finished or not, in the format of another tool; returns what was written and what was
-    left out, which is in output/conversion.json, too.
+    left out, which output/conversion.json tells, too.
 
     out: the job's output, a folder or a prefix in a store. output: a folder or prefix that is empty, or with
     `overwrite` an earlier conversion, which is deleted. to: of FORMATS. source: `detections`, of YOLO, or `answers`, of
-    PaliGemma. min_score, label: which objects. split: the share of pictures for validation, 0.2 by default. link:
-    symbolic links to local pictures instead of copies. storage: options for fsspec, which override those in job.json.
-    Raises UsageError and StorageError.
+    PaliGemma. min_score, label: which objects. prompt: which answers. split: the share of pictures for validation, 0.2
+    by default. link: symbolic links to local pictures instead of copies. storage: options for fsspec, which override
+    those in job.json. Raises UsageError and StorageError.
     """
     out, output = absolute(os.fspath(out).rstrip("/")), absolute(os.fspath(output).rstrip("/"))
     _check(to, output, source, min_score, split, link)
@@ -87,7 +88,7 @@ def convert(
     job = _job(out, Storage(given))
     store = Storage(job["configuration"]["storage"] | given)
     files = [path for path, *_ in store.walk(Results(out, store).folder) if path.endswith(".parquet")]
-    selection = Selection(source, min_score, frozenset(label))
+    selection = _selection(job, source, min_score, label, prompt)
     share = SPLIT if split is None else split
     model = job["models"].get("yolo" if source == "detections" else "paligemma", {})
     contents = survey(files, store, selection, model, share)
@@ -95,20 +96,27 @@ def convert(
     report = Report()
     if job["status"] != "done":
         report.notes.append(f"the job is {job['status']}: these are its rows so far")
-    asked = {"out": out, "to": to, "source": source, "min_score": min_score, "label": list(label), "split": share}
-    try:
+    rows = _Rows(job, store, Samples(contents, selection, report), FORMATS[to].pictures, link)
+    asked = {"out": out, "to": to, "source": source, "min_score": min_score, "label": list(label)}
+    with _reported(output):
         _make_room(output, overwrite, store)
         with Target(output, store) as target:
             target.write_json(RECORD, asked | {"status": "running"})
-            rows = _Rows(job, store, Samples(contents, selection, report), FORMATS[to].pictures, link)
             FORMATS[to].write(rows.samples(files), contents, target, report)
             target.write_json(RECORD, asked | {"status": "done", "names": contents.names} | _record(report))
+    return report
+
+
+@contextmanager
+def _reported(output: str) -> Iterator[None]:
+    """Errors of writing as UsageError."""
+    try:
+        yield
     except StorageError:
         raise
     except OSError as error:
         reason = explain(output, error) if is_remote(output) else f"{output} cannot be written: {error}"
         raise UsageError(reason) from error
-    return report
 
 
 def _check(to: str, output: str, source: str, min_score: float, split: float | None, link: bool) -> None:
@@ -127,6 +135,19 @@ def _check(to: str, output: str, source: str, min_score: float, split: float | N
         raise UsageError(f"--link: {to} has no pictures as files; leave it out")
     if link and is_remote(output):
         raise UsageError(f"--link: {output} is in a store, which has no links; leave it out")
+
+
+def _selection(
+    job: Mapping[str, Any], source: str, min_score: float, label: Sequence[str], prompt: Sequence[str]
+) -> Selection:
+    """Raises UsageError."""
+    if prompt and source != "answers":
+        raise UsageError("--prompt chooses from PaliGemma's answers: give --from answers, too")
+    asked = job["configuration"].get("prompt") or []
+    for text in prompt:
+        if text not in asked:
+            raise UsageError(f"--prompt {text!r}: the job asked only {', '.join(map(repr, asked)) or 'nothing'}")
+    return Selection(source, min_score, frozenset(label), frozenset(prompt))
 
 
 def _check_contents(out: str, to: str, contents: Contents) -> None:

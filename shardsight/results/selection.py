@@ -23,12 +23,13 @@ _OF_CLASSES = [f"classes.list.element.{name}" for name in ("label", "class_id", 
 
 @dataclass(frozen=True)
 class Selection:
-    """source: `detections`, of YOLO, or `answers`, of PaliGemma. min_score: below which an object is left out. labels:
-    those that are wanted; all, if there are none."""
+    """source: `detections`, of YOLO, or `answers`, of PaliGemma. min_score: below which an object is left out. labels,
+    prompts: those that are wanted; all, if there are none."""
 
     source: str = "detections"
     min_score: float = 0.0
     labels: frozenset[str] = frozenset()
+    prompts: frozenset[str] = frozenset()
 
     def keeps(self, found: pa.Array) -> pa.Array:
         """Which objects, with `label` and `score`, are wanted, bool (n,)."""
@@ -52,7 +53,7 @@ class _Seen:
 
     def add(self, batch: pa.RecordBatch, selection: Selection) -> None:
         self.rows += pc.count(batch[selection.source]).as_py()
-        self._add(_objects(batch, selection.source), selection)
+        self._add(_objects(batch, selection), selection)
         if selection.source == "detections":
             self.classified += pc.count(batch["classes"]).as_py()
             self._add(_best(batch), selection)
@@ -88,7 +89,7 @@ def survey(
     """
     seen = _Seen()
     columns = [f"{_LISTS[selection.source]}.{name}" for name in _OF_OBJECTS]
-    columns += _OF_CLASSES if selection.source == "detections" else []
+    columns += _OF_CLASSES if selection.source == "detections" else ["answers.list.element.prompt"]
     for path in files:
         with storage.open(path) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=columns):
@@ -171,6 +172,8 @@ class Samples:
             yield from ((one, one["score"]) for one in row["detections"])
             return
         for answer in row["answers"]:
+            if self.selection.prompts and answer["prompt"] not in self.selection.prompts:
+                continue
             mean = None if answer["score"] is None else math.exp(answer["score"])
             yield from ((one, mean if one["score"] is None else one["score"]) for one in answer["detections"] or ())
 
@@ -186,10 +189,14 @@ class Samples:
         return False
 
 
-def _objects(batch: pa.RecordBatch, source: str) -> pa.Array:
-    lists = batch[source]
-    if source == "answers":
-        lists = pc.struct_field(pc.list_flatten(lists), "detections")
+def _objects(batch: pa.RecordBatch, selection: Selection) -> pa.Array:
+    lists = batch[selection.source]
+    if selection.source == "answers":
+        answers = pc.list_flatten(lists)
+        if selection.prompts:
+            prompts = pc.struct_field(answers, "prompt")
+            answers = answers.filter(pc.is_in(prompts, pa.array(selection.prompts, pa.string())))
+        lists = pc.struct_field(answers, "detections")
     return pc.list_flatten(lists)
 
 

@@ -37,20 +37,44 @@ def polygon(mask: np.ndarray) -> np.ndarray | None:
     Its corners are the centres of the mask's outermost pixels, so that cv2.fillPoly of its integer part is the mask
     again, holes included. Parts that lie apart are connected by lines, which fillPoly draws one pixel wide.
     """
-    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    # Every point, as the lines between parts are then as short as can be.
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if not contours:
         return None
-    parts = sorted((contour.reshape(-1, 2) for contour in contours), key=len, reverse=True)
-    ring = parts[0]
-    for part in parts[1:]:
-        # From the point of the ring that is nearest to the part, around the part, and back.
-        distances, nearest = KDTree(ring).query(part)
-        at = int(distances.argmin())
-        leave = int(nearest[at])
-        ring = np.concatenate([ring[: leave + 1], part[at:], part[: at + 1], ring[leave:]])
+    ring = _without_straight(_joined([contour.reshape(-1, 2) for contour in contours]))
     while len(ring) < 3:  # a pixel, or a line of them
         ring = np.concatenate([ring, ring[-1:]])
     return ring + 0.5
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Closed lines, int (n, 2) each → one, which goes to the nearest part, around it, and back, until it has been to
+    all of them. The nearest first: no line crosses a hole then."""
+    parts = sorted(parts, key=len)
+    ring = new = parts.pop()
+    best: list[tuple[float, np.ndarray, int]] = [(np.inf, ring[0], 0)] * len(
+        parts
+    )  # distance, from where, to which point
+    while parts:
+        tree = KDTree(new)
+        for number, part in enumerate(parts):
+            distances, nearest = tree.query(part)
+            at = int(distances.argmin())
+            if distances[at] < best[number][0]:
+                best[number] = float(distances[at]), new[nearest[at]], at
+        chosen = min(range(len(parts)), key=lambda number: best[number][0])
+        new, (_, start, at) = parts.pop(chosen), best.pop(chosen)
+        leave = int(np.flatnonzero((ring == start).all(1))[0])
+        ring = np.concatenate([ring[: leave + 1], new[at:], new[: at + 1], ring[leave:]])
+    return ring
+
+
+def _without_straight(ring: np.ndarray) -> np.ndarray:
+    """Without the points at which a closed line goes straight on."""
+    before, after = ring - np.roll(ring, 1, 0), np.roll(ring, -1, 0) - ring
+    turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    back = (before * after).sum(1) <= 0
+    return ring[turns | back]
 
 
 def outline(mask: Mapping[str, Any]) -> np.ndarray | None:

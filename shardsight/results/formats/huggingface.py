@@ -29,7 +29,8 @@ def write(samples: Iterable[Sample], contents: Contents, target: Target, report:
 
     Columns: `image`, `id`, `width`, `height`, and `objects` of lists: `bbox` (x, y, width, height in pixels),
     `categories` (a ClassLabel), `scores`, and as there are any `track_ids`, `corners`, `keypoints` (x, y, score of
-    each), `masks` (COCO's compressed RLE, of the picture's size). Of a classifier's results `label`, a ClassLabel, and `score`.
+    each), `masks` (COCO's compressed RLE, of the picture's size). Of a classifier's results `label`, a ClassLabel, and
+    `score`.
     """
     features = _features(contents)
     schema = pa.schema([(name, type) for name, (_, type) in features.items()])
