@@ -14,7 +14,7 @@ from PIL import Image
 
 from shardsight.decode.pictures import decode
 from shardsight.errors import UsageError
-from shardsight.originals import Originals
+from shardsight.originals import CHANGED, Originals
 from shardsight.results.coverage import Coverage
 from shardsight.results.formats import coco, fiftyone, huggingface, labelstudio, mot, voc, webdataset, yolo
 from shardsight.results.formats.sample import Contents, Picture, Report, Sample
@@ -104,6 +104,9 @@ def convert(
             target.write_json(RECORD, asked | {"status": "running"})
             FORMATS[to].write(rows.samples(files), contents, target, report)
             target.write_json(RECORD, asked | {"status": "done", "names": contents.names} | _record(report))
+    if not report.written.total():
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.left_out.most_common())
+        raise UsageError(f"nothing of {out} could be converted ({reasons}): {output}/{RECORD} names them")
     return report
 
 
@@ -239,7 +242,11 @@ class _Rows:
             (row,) = table.slice(places[id], 1).to_pylist()
             picture = data if isinstance(data, Failure) else _picture(data, row, self.link)
             if isinstance(picture, Failure):
-                self.make.report.leave_out(f"pictures that cannot be read again: {picture.type}", id)
+                changed = picture.type == CHANGED
+                reason = (
+                    "that have changed since the job read them" if changed else f"that cannot be read: {picture.type}"
+                )
+                self.make.report.leave_out(f"pictures {reason}", id)
             elif sample := self.make.of(row):
                 yield replace(sample, picture=picture)
 

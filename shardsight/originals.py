@@ -18,6 +18,8 @@ from shardsight.sources.files import ahead, fetch
 from shardsight.sources.web import is_web
 from shardsight.storage import Storage
 
+CHANGED = "ChangedInput"  # type of the Failure for a picture that is not the one that the job read
+
 Rows = Mapping[str, Mapping[str, Any]]  # by id: with `uri`, `width`, `height`, `frame_index` and `version`
 
 
@@ -142,4 +144,4 @@ def _has_size(data: bytes, width: int, height: int) -> bool:
 
 
 def _changed() -> Failure:
-    return Failure("ChangedInput", "it has changed since the job read it")
+    return Failure(CHANGED, "it has changed since the job read it")

@@ -105,7 +105,7 @@ def converted(report: Report, console: Console) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    for what, count in (+report.written).items():
+    for what, count in sorted((+report.written).items()):
         table.add_row(what, f"{count:,}")
     for reason, count in report.left_out.most_common():
         table.add_row("left out", Text(f"{count:,} {reason}"))

@@ -211,10 +211,7 @@ def trained(data: Path, task: str, project: Path) -> YOLO:
     return model
 
 
-@pytest.mark.parametrize(
-    "task",
-    ["detect", *(pytest.param(task, marks=pytest.mark.slow) for task in ("segment", "pose", "obb", "classify"))],
-)
+@pytest.mark.parametrize("task", ["detect", "segment", "pose", "obb", "classify"])
 def test_ultralytics_trains_on_it(convert: Convert, tmp_path: Path, task: str) -> None:
     out = convert("yolo", task, split=0.4)
     model = trained(out if task == "classify" else out / "data.yaml", task, tmp_path / "runs")
