@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardsight.conversion import convert as convert
     from shardsight.errors import UsageError as UsageError
     from shardsight.evaluation.run import Report as Report
     from shardsight.evaluation.run import evaluate as evaluate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "annotate": "shardsight.job",
+    "convert": "shardsight.conversion",
     "evaluate": "shardsight.evaluation.run",
     "Exports": "shardsight.exporting",
     "export": "shardsight.exporting",

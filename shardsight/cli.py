@@ -11,22 +11,15 @@ from shardsight.errors import UsageError
 # The rest is imported by each command, in seconds during which an interrupt is already handled.
 
 COMMANDS = (
-    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], shardsight show OUT, or "
-    "shardsight evaluate --data PATH [--yolo PATH ...] [--paligemma PATH ...] --output PATH; "
-    "see also annotate --help, show --help and evaluate --help"
+    "Usage: shardsight COMMAND ..., where COMMAND is annotate, show, convert, evaluate or export; each has --help"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command == "annotate":
-        return annotate(rest, "shardsight annotate")
-    if command == "show":
-        return show(rest, "shardsight show")
-    if command == "evaluate":
-        return evaluate(rest, "shardsight evaluate")
-    if command == "export":
-        return export(rest, "shardsight export")
+    commands = {"annotate": annotate, "show": show, "convert": convert, "evaluate": evaluate, "export": export}
+    if command in commands:
+        return commands[command](rest, f"shardsight {command}")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -149,6 +142,38 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
     except UsageError as error:
         print(f"shardsight: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def convert(arguments: list[str] | None = None, command: str = "python -m jobs.convert") -> int:
+    """Write a job's results in another tool's format and print where; returns the exit code of the contract: 0 or 2."""
+    from rich.console import Console
+
+    from shardsight.conversion import FORMATS, convert
+    from shardsight.progress import converted
+
+    parser = argparse.ArgumentParser(prog=command, description="A job's results in the format of another tool.")
+    parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument("--output", required=True, metavar="DIR", help="an empty folder, or a prefix in a store")
+    parser.add_argument(
+        "--from", dest="source", choices=("detections", "answers"), default="detections", help="YOLO's or PaliGemma's"
+    )
+    parser.add_argument("--min-score", metavar="F", type=float, default=0.0, help="leave out objects below; 0")
+    parser.add_argument("--label", metavar="NAME", action="append", default=[], help="only these; repeatable")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="only its answers; repeatable")
+    parser.add_argument("--split", metavar="F", type=float, help="share of pictures for validation; 0.2")
+    parser.add_argument("--link", action="store_true", help="link to local pictures instead of copying them")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier conversion in DIR")
+    _add_storage(parser)
+    args = vars(parser.parse_args(arguments))
+    try:
+        report = convert(**args | {"storage": _storage(args["storage"])})
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    converted(report, Console(stderr=True))
+    print(args["output"])
     return 0
 
 
