@@ -53,7 +53,8 @@ class Options(BaseSettings):
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
     paligemma: list[str] = Field(
         [],
-        description="a PaliGemma 1 or 2: a folder, or its name on Hugging Face's hub; repeat it for other resolutions",
+        description="a PaliGemma 1 or 2: a folder, local or in a store, or its name on Hugging Face's hub; repeat it "
+        "for other resolutions",
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     prompt: list[str] = Field(
@@ -117,7 +118,7 @@ class Models(Options):
     """Settings of the job and the service alike: the models, and how they process pictures and videos."""
 
     yolo: str | None = Field(
-        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …"
+        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …; local or in a store"
     )
     classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     resolution: str = Field(

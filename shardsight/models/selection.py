@@ -1,5 +1,6 @@
 """The models that the settings select: what each is, the arguments for its class, and how to decode for them all."""
 
+from dataclasses import replace
 from typing import Any
 
 from shardsight.decode.frames import BYTES, TRACKED_BYTES, Clips, Input, Largest, Load
@@ -12,7 +13,7 @@ from shardsight.models.yolo import info as yolo
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.trackers import needs_pixels, tracker_settings
 from shardsight.settings import Models, Settings
-from shardsight.storage import Storage
+from shardsight.storage import Storage, is_remote
 
 ModelInfos = dict[str, YoloInfo | PaliGemmaInfo]  # by name: `yolo`, `paligemma`, `paligemma 448`
 
@@ -26,7 +27,8 @@ def inspect(settings: Models) -> ModelInfos:
             raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
     resolutions: dict[int, PaliGemmaInfo] = {}
     for path in settings.paligemma:
-        asked = paligemma.inspect(path, settings.revision, settings.adapter)
+        asked = paligemma.inspect(path, settings.revision, settings.adapter, Storage(settings.storage))
+        asked = replace(asked, path=path) if is_remote(path) else asked
         size = asked.input.size
         if size in resolutions:
             raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
