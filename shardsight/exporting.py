@@ -30,6 +30,7 @@ from shardsight.storage import Storage, StorageError, explain, is_remote
 
 RECORD = "export.json"
 CALIBRATED = 300  # pictures, as ultralytics recommends
+WHOLE = ("fp32", "fp16")  # precisions that need no calibration
 
 
 @dataclass
@@ -111,30 +112,41 @@ class Request:
     storage: dict[str, str] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(format, precision), of which "" is the format's own first. Raises UsageError, before anything is done."""
-        if not self.formats:
-            raise UsageError(f"no --format: choose from {', '.join(FORMATS)}")
+        """(format, precision), of which "" is the format's own first; a precision that a format lacks is left out.
+
+        Raises UsageError, before anything is done.
+        """
         if self.within is not None and not self.data:
             raise UsageError("--within compares accuracy: give labelled pictures as --data")
-        found = []
         for name in self.formats:
             if name not in FORMATS:
                 raise UsageError(f"there is no --format {name}: choose from {', '.join(FORMATS)}")
-            known = FORMATS[name]
-            for precision in (one or known.precisions[0] for one in self.precisions):
-                if precision not in PRECISIONS:
-                    raise UsageError(f"there is no --precision {precision}: choose from {', '.join(PRECISIONS)}")
-                if precision not in known.precisions:
-                    raise UsageError(f"--format {name} has no {precision}: choose from {', '.join(known.precisions)}")
-                if reason := missing(name, precision):
-                    raise UsageError(reason)
-                if precision == "int8" and known.calibrated and not self.data:
-                    raise UsageError(f"--precision int8 of {name} is calibrated on pictures: give some as --data")
-                found.append((name, precision))
-            for option in self.options.keys() - {"imgsz"}:
-                if option not in known.options:
-                    raise UsageError(f"--{option} is no option of {name}: leave it out, or export {name} apart")
-        return found
+        for precision in filter(None, self.precisions):
+            if precision not in PRECISIONS:
+                raise UsageError(f"there is no --precision {precision}: choose from {', '.join(PRECISIONS)}")
+            if len(self.formats) > 1 and not any(precision in FORMATS[name].precisions for name in self.formats):
+                raise UsageError(f"--precision {precision} suits none of these formats: {', '.join(self.formats)}")
+        found: dict[tuple[str, str], None] = {}
+        for name in self.formats:
+            wanted = [one or FORMATS[name].precisions[0] for one in self.precisions]
+            able = [one for one in wanted if one in FORMATS[name].precisions]
+            if not able:
+                known = ", ".join(FORMATS[name].precisions)
+                raise UsageError(f"--format {name} has no {' or '.join(wanted)}: choose from {known}")
+            for precision in able:
+                self._check(name, precision)
+                found[name, precision] = None
+        return list(found)
+
+    def _check(self, name: str, precision: str) -> None:
+        """Raises UsageError."""
+        if reason := missing(name, precision):
+            raise UsageError(reason)
+        if precision not in WHOLE and FORMATS[name].calibrated and not self.data:
+            raise UsageError(f"--precision {precision} of {name} is calibrated on pictures: give some as --data")
+        for option in self.options.keys() - {"imgsz"}:
+            if option not in FORMATS[name].options:
+                raise UsageError(f"--{option} is no option of {name}: leave it out, or export {name} apart")
 
 
 def export(
@@ -169,25 +181,30 @@ def run(request: Request, console: Console | None = None) -> Exports:
     """console: is told which export is next. Raises UsageError, JobError and JobInterrupted."""
     pairs, store = request.pairs(), Storage(request.storage)
     weights, info = _weights(request.model, store)
-    _make_room(request, store)
     labelled = _labelled(request, info.task, store)
-    stem = weights.stem
+    asked = {"sha256": info.sha256, "exports": [list(pair) for pair in pairs], "options": request.options}
+    before = _there(request, asked, store)
     size = round(weights.stat().st_size / 1e6, 2)
-    made = Exports(request.output, Exported("pytorch", "auto", weights.name, size, sha256=info.sha256), [])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "exports"
-        folder.mkdir()
-        with _calibration(request, pairs, labelled, info.task, store) as calibration:
-            for name, precision in pairs:
-                if console:
-                    console.print(f"{name} {precision}", highlight=False)
-                tag = "" if precision == FORMATS[name].precisions[0] else f"-{precision}"
-                made.exports.append(_one(weights, folder / f"{stem}{tag}", name, precision, request, calibration))
-        _publish(folder, request.output, store)
+    made = Exports(request.output, Exported("pytorch", "auto", weights.name, size, sha256=info.sha256), before)
+    if not before:
+        with tempfile.TemporaryDirectory() as temporary:
+            with _calibration(request, pairs, labelled, info.task, store) as calibration:
+                for name, precision in pairs:
+                    if console:
+                        console.print(f"{name} {precision}", highlight=False)
+                    tag = "" if precision == FORMATS[name].precisions[0] else f"-{precision}"
+                    target = Path(temporary) / f"{weights.stem}{tag}"
+                    made.exports.append(_one(weights, target, name, precision, request, calibration))
+            _publish(Path(temporary), request, store)
+        _record(made, asked, store)  # before the comparison, with which the same command goes on
     if labelled:
         _compare(made, request, console)
-    store.write(f"{request.output}/{RECORD}", json.dumps(asdict(made), indent=1).encode())
+        _record(made, asked, store)
     return made
+
+
+def _record(made: Exports, asked: dict[str, Any], store: Storage) -> None:
+    store.write(f"{made.out}/{RECORD}", json.dumps(asdict(made) | {"asked": asked}, indent=1).encode())
 
 
 def _weights(model: str, store: Storage) -> tuple[Path, yolo.YoloInfo]:
@@ -199,21 +216,35 @@ def _weights(model: str, store: Storage) -> tuple[Path, yolo.YoloInfo]:
     return path, info
 
 
-def _make_room(request: Request, store: Storage) -> None:
-    """Raises UsageError where the output holds something else."""
-    there = store.exists(f"{request.output}/{RECORD}")
-    if store.is_folder(request.output) and not there and next(store.walk(request.output), None):
-        raise UsageError(f"{request.output} holds other files: give an empty folder as --output")
-    if there and not request.overwrite:
-        raise UsageError(f"{request.output} holds exports: give another --output, or --overwrite")
-    for entry in list(store.walk(request.output, hidden=True)) if there else []:
-        store.remove(entry.uri)
-    if not is_remote(request.output):
-        shutil.rmtree(request.output, ignore_errors=True)
-        try:
-            Path(request.output).mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(f"{request.output} cannot be written: {error.strerror}") from error
+def _there(request: Request, asked: dict[str, Any], store: Storage) -> list[Exported]:
+    """The exports of an earlier run of the same request. Raises UsageError where the output holds something else."""
+    record = f"{request.output}/{RECORD}"
+    if not store.exists(record):
+        if store.is_folder(request.output) and next(store.walk(request.output, hidden=True), None):
+            raise UsageError(f"{request.output} holds other files: give an empty folder as --output")
+        return []
+    before = json.loads(store.read(record))
+    if request.overwrite:
+        return []
+    if before["asked"] != asked:
+        raise UsageError(f"{request.output} holds other exports: give another --output, or --overwrite")
+    return [Exported(**one) for one in before["exports"]]
+
+
+def _remove_earlier(request: Request, store: Storage) -> None:
+    """What `export.json` lists, and the evaluation; other files stay."""
+    record = f"{request.output}/{RECORD}"
+    if not store.exists(record):
+        return
+    names = [one["name"] for one in json.loads(store.read(record))["exports"] if one["name"]]
+    for name in (*names, "evaluation", RECORD):
+        path = f"{request.output}/{name}"
+        for entry in list(store.walk(path, hidden=True)) if store.is_folder(path) else []:
+            store.remove(entry.uri)
+        if not is_remote(path) and os.path.isdir(path):
+            shutil.rmtree(path)
+        elif store.exists(path):
+            store.remove(path)
 
 
 def _labelled(request: Request, task: str, store: Storage) -> truth.Truth | None:
@@ -232,18 +263,21 @@ def _one(
 ) -> Exported:
     made = Exported(format, precision)
     options = dict(request.options)
-    if calibration and precision != "fp32" and precision != "fp16" and FORMATS[format].calibrated:
+    if calibration and precision not in WHOLE and FORMATS[format].calibrated:
         options["data"] = calibration
     began = time.monotonic()
     try:
         path = export_one(weights, target, format, precision, options)
-        info = yolo.inspect(str(path))
     except ModelError as error:
         made.reason = str(error)
         return made
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     made.name, made.seconds = path.name, round(time.monotonic() - began, 1)
-    made.mb, made.sha256 = round(sum(file.stat().st_size for file in files) / 1e6, 2), info.sha256
+    made.mb = round(sum(file.stat().st_size for file in files) / 1e6, 2)
+    try:
+        made.sha256 = yolo.inspect(str(path)).sha256
+    except ModelError as error:
+        made.reason = f"{path.name} is written, but this machine cannot load it: {error}"
     return made
 
 
@@ -252,7 +286,7 @@ def _calibration(
     request: Request, pairs: Sequence[tuple[str, str]], labelled: truth.Truth | None, task: str, store: Storage
 ) -> Iterator[str | None]:
     """Pictures of `data` as ultralytics takes them for calibration: a data.yaml, or for a classifier a folder."""
-    if not request.data or all(precision in ("fp32", "fp16") for _, precision in pairs):
+    if not request.data or all(precision in WHOLE for _, precision in pairs):
         yield None
         return
     uris = [sample.id for sample in labelled.samples] if labelled else _pictures(request.data, store)
@@ -285,15 +319,16 @@ def _pictures(folder: str, store: Storage) -> list[str]:
     return [entry.uri for entry in store.walk(folder) if os.path.splitext(entry.uri)[1].lower() in ENDINGS]
 
 
-def _publish(folder: Path, output: str, store: Storage) -> None:
-    """Raises UsageError."""
+def _publish(folder: Path, request: Request, store: Storage) -> None:
+    """In the place of earlier exports. Raises UsageError."""
+    output = request.output
     try:
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if is_remote(output) and path.is_file():
-                store.write(f"{output}/{name}", path.read_bytes())
+        _remove_earlier(request, store)
         if not is_remote(output):
             shutil.copytree(folder, output, dirs_exist_ok=True)
+            return
+        for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+            store.write(f"{output}/{path.relative_to(folder).as_posix()}", path.read_bytes())
     except (OSError, StorageError) as error:
         raise UsageError(explain(output, error)) from error
 

@@ -66,8 +66,9 @@ class Options(BaseSettings):
     scaled_decode: CliImplicitFlag[bool] = Field(
         True, description="decode JPEGs and videos no larger than the models need"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto",
+        description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32; exports have their own",
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
     storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")
@@ -392,7 +393,7 @@ _HELP = {
         **{"clip_frames": "N", "clip_seconds": "S"},
     },
     "Speed": {
-        **{"precision": "auto|fp32|bf16|fp16", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
+        **{"precision": "auto|fp32|bf16|fp16|int8", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
         **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
     },
     "The job": {

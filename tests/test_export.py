@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -34,6 +35,8 @@ MATRIX: list[tuple[str, str, dict[str, Any], float]] = [
     ("onnx", "fp32", {"dynamic": True}, 0.1),
     ("onnx", "fp32", {"nms": True}, 0.1),
     ("onnx", "fp16", {}, 2.0),
+    ("onnx", "int8", {}, 8.0),
+    ("openvino", "int8", {}, 8.0),
     ("openvino", "fp32", {"dynamic": True}, 0.5),
     ("openvino", "fp16", {}, 2.0),
     ("mnn", "fp32", {}, 0.5),
@@ -112,25 +115,17 @@ def test_the_same_boxes(format: str, precision: str, options: dict[str, Any], of
     (one,) = made.exports
     assert one.reason is None and one.name and one.mb and one.mb > 3
     path = tmp_path / "out" / one.name
-    pictures = [picture.read_bytes() for picture in PHOTOGRAPHS]
+    pictures = [cv2.imread(str(picture))[..., ::-1].copy() for picture in PHOTOGRAPHS]  # encoded ones decode smaller
     settings: dict[str, Any] = {"conf": 0.1, "imgsz": SIZE, "precision": "fp32"}
     found = Yolo(str(path), **settings)(pictures)
-    theirs = ultralytics.YOLO(str(path), task="detect").predict(
-        [str(picture) for picture in PHOTOGRAPHS], conf=0.1, imgsz=SIZE, verbose=False
-    )
-    for ours, reference in zip(boxes_of(found), theirs, strict=True):
+    reference_model = ultralytics.YOLO(str(path), task="detect")
+    for ours, picture in zip(boxes_of(found), PHOTOGRAPHS, strict=True):
+        (reference,) = reference_model.predict(str(picture), conf=0.1, imgsz=SIZE, verbose=False)
         assert len(ours) == len(reference.boxes)
         assert np.abs(ours - reference.boxes.xyxy.numpy()).max(initial=0) < 0.1
-    _assert_near(boxes_of(Yolo(str(DETECTOR), **settings)(pictures)), boxes_of(found), off)
-
-
-def _assert_near(first: list[np.ndarray], second: list[np.ndarray], off: float) -> None:
-    """Nine in ten of the boxes have one near them: with a fixed square input, some weak ones come and go."""
-    for ours, others in zip(first, second, strict=True):
-        if len(ours) and len(others):
-            gaps = np.abs(ours[:, None] - others[None]).max(2).min(1)
-            assert np.mean(gaps < max(off, 12.0)) >= 0.5
-        assert abs(len(ours) - len(others)) <= max(2, len(ours) // 2)
+    if options.get("dynamic"):  # else the input is square, and the borders' grey changes weak boxes
+        for ours, others in zip(boxes_of(Yolo(str(DETECTOR), **settings)(pictures)), boxes_of(found), strict=True):
+            assert len(ours) == len(others) and np.abs(ours - others).max(initial=0) < off
 
 
 @pytest.mark.slow
@@ -140,7 +135,8 @@ def test_every_format_in_the_job(
 ) -> None:
     """Scenes: each box of the weights within rounding, decoded and letterboxed alike."""
     write(scenes(12, 99), tmp_path / "in", "folder")
-    made = shardsight.export(DETECTOR, tmp_path / "out", format, precision, imgsz=SIZE, **options)
+    pictures = tmp_path / "in" / "images" if precision == "int8" and format != "mnn" else None
+    made = shardsight.export(DETECTOR, tmp_path / "out", format, precision, data=pictures, imgsz=SIZE, **options)
     assert not made.failed, made.failed
     flags = ["--precision", "fp32", "--no-scaled-decode", "--conf", 0.5, "--imgsz", SIZE]
     rows: list[dict[str, Any]] = []
@@ -155,7 +151,7 @@ def test_every_format_in_the_job(
         for one in detections
         if not any(
             one["label"] == other["label"]
-            and max(abs(one[side] - other[side]) for side in ("x1", "y1", "x2", "y2")) < max(off, 4.0)
+            and max(abs(one[side] - other[side]) for side in ("x1", "y1", "x2", "y2")) < max(off, 1.0)
             for other in rows[1][id]
         )
     ]
@@ -163,20 +159,40 @@ def test_every_format_in_the_job(
     assert total > 20 and len(far) <= 0.05 * total, far
 
 
-def test_int8_and_the_choice(one_ray: str, labelled: Path, tmp_path: Path) -> None:
-    """Calibrated on the labelled pictures, compared with the original, and the fastest of those that lose little."""
-    made = shardsight.export(
-        *(DETECTOR, tmp_path / "out", "openvino", ["fp32", "int8"]), data=labelled, within=100.0, imgsz=SIZE
-    )
-    whole, small = made.exports
-    assert made.measure == "mAP50-95" and whole.mb and small.mb and small.mb < 0.4 * whole.mb
-    assert made.original.main and small.main and abs(made.original.main - small.main) < 0.1
-    rates = {one.name: one.pictures_per_second for one in (made.original, whole, small)}
-    assert all(rates.values()) and made.chosen == max(rates, key=lambda name: rates[name] or 0)
-    written = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert written["chosen"] == made.chosen and (tmp_path / "out" / "evaluation" / "report.html").exists()
-    with pytest.raises(UsageError, match="holds exports: give another --output, or --overwrite"):
-        shardsight.export(DETECTOR, tmp_path / "out", "openvino")
+def test_int8_and_the_choice(one_ray: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calibrated on the labelled pictures, compared with the original, and the fastest of those that lose little; the
+    same command again goes on."""
+    command = [str(DETECTOR), "--format", "openvino", "--precision", "fp32,int8,fp32", "--imgsz", str(SIZE)]
+    command += ["--data", str(labelled), "--within", "100", "--output", str(tmp_path / "out")]
+    assert export(command) == 0
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    whole, small = record["exports"]
+    assert record["measure"] == "mAP50-95" and small["mb"] < 0.4 * whole["mb"]
+    assert record["original"]["main"] and abs(record["original"]["main"] - small["main"]) < 0.1
+    rates = {one["name"]: one["pictures_per_second"] for one in (record["original"], whole, small)}
+    assert all(rates.values()) and record["chosen"] == max(rates, key=lambda name: rates[name])
+    assert (tmp_path / "out" / "evaluation" / "report.html").exists()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.bin")}
+    assert export(command) == 0
+    assert f"{record['chosen']}: the fastest that loses no more" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.bin")} == files
+
+
+def test_what_is_in_the_output_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hidden files count; --overwrite deletes exports alone, and nothing before the request is known to be right."""
+    out = tmp_path / "out"
+    (out / ".git").mkdir(parents=True)
+    (out / ".git" / "config").write_text("mine")
+    command = [str(DETECTOR), "--format", "torchscript", "--imgsz", "64", "--output", str(out)]
+    assert export(command) == 2 and "holds other files: give an empty folder" in capsys.readouterr().err
+    shutil.rmtree(out / ".git")
+    assert export(command) == 0
+    (out / "mine.txt").write_text("mine")
+    assert export([*command[:-3], "96", *command[-2:]]) == 2
+    assert "holds other exports: give another --output, or --overwrite" in capsys.readouterr().err
+    assert export([*command, "--overwrite", "--data", str(tmp_path / "none.yaml")]) == 2
+    assert (out / "detect.torchscript").exists()
+    assert export([*command, "--overwrite"]) == 0 and (out / "mine.txt").exists()
 
 
 def test_one_that_fails_costs_itself_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,13 +222,17 @@ def test_in_and_from_a_store(annotate: Any, s3: S3, jpegs: list[bytes], tmp_path
     (tmp_path / "one.jpg").write_bytes(jpegs[0])
     for number, model in enumerate(("s3://models/best.pt", "s3://models/exports/best-int8_openvino_model")):
         out = tmp_path / f"out{number}"
-        code, said = annotate(tmp_path / "one.jpg", "--output", out, "--yolo", model, *s3.options())
+        precision = ["--precision", "int8"] if number else []
+        code, said = annotate(tmp_path / "one.jpg", "--output", out, "--yolo", model, *precision, *s3.options())
         assert code == 0, said
         assert job_of(out)["models"]["yolo"]["path"] == model
     code, said = annotate(
         tmp_path / "one.jpg", "--output", tmp_path / "no", "--yolo", "s3://models/no.pt", *s3.options()
     )
     assert code == 2 and "there is no model at s3://models/no.pt" in said
+    flags = ["--yolo", DETECTOR, "--precision", "int8"]
+    code, said = annotate(tmp_path / "one.jpg", "--output", tmp_path / "no", *flags)
+    assert code == 2 and "--precision int8 takes calibrated weights: give --yolo what jobs.export " in said
 
 
 def test_exports_that_are_damaged(tmp_path: Path) -> None:
@@ -225,7 +245,7 @@ def test_exports_that_are_damaged(tmp_path: Path) -> None:
         inspect(str(tmp_path / "cut.onnx"))
     shutil.copytree(openvino, tmp_path / "no_openvino_model")
     (tmp_path / "no_openvino_model" / "metadata.yaml").unlink()
-    with pytest.raises(ModelError, match="no_openvino_model"):
+    with pytest.raises(ModelError, match=r"no_openvino_model lacks its metadata"):
         inspect(str(tmp_path / "no_openvino_model"))
     shutil.copytree(openvino, tmp_path / "weights_openvino_model")
     binary = tmp_path / "weights_openvino_model" / "detect.bin"

@@ -25,7 +25,12 @@ def inspect(settings: Models) -> ModelInfos:
         models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz, Storage(settings.storage))
         if settings.track and info.task == "classify":
             raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
+        if settings.precision == "int8" and info.path.endswith(".pt"):
+            command = f"jobs.export {info.path} --format openvino --precision int8 --data PICTURES --output DIR"
+            raise UsageError(f"--precision int8 takes calibrated weights: give --yolo what {command} writes")
     resolutions: dict[int, PaliGemmaInfo] = {}
+    if settings.precision == "int8" and settings.paligemma:
+        raise UsageError("--precision int8: PaliGemma is computed in fp32, bf16 or fp16; choose one of them")
     for path in settings.paligemma:
         asked = paligemma.inspect(path, settings.revision, settings.adapter, Storage(settings.storage))
         asked = replace(asked, path=path) if is_remote(path) else asked
