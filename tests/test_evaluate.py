@@ -1,5 +1,5 @@
-"""Models side by side on labelled pictures: the figures are pycocotools' own, nothing is computed twice, and nothing that
-is wrong with the labels is silent."""
+"""Models side by side on labelled pictures: the figures are pycocotools' own, nothing is computed twice, and what
+is wrong with the labels is named."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from demo.writers import write
 from shardsight.cli import evaluate
 from shardsight.evaluation.recommend import Contender, front, recommend
 from shardsight.evaluation.request import Evaluation, command_of, unique_names
-from shardsight.measures import bootstrap, boxes, text
+from shardsight.measures import bootstrap, boxes
 from shardsight.row import ROW
 from shardsight.settings import parse_as
 from shardsight.storage import Storage
@@ -339,21 +339,6 @@ def test_recommendation() -> None:
     assert recommend([Contender("a", 0.5), Contender("b", 0.4, behind=0.1)], "mAP", 9)["model"] == "a"
 
 
-@pytest.mark.parametrize(
-    ("said", "right", "accuracy"),
-    [
-        ("Yes.", ["yes"], 1.0),
-        ("two", ["2"], 1.0),
-        ("the dog", ["dog"], 1.0),
-        ("cat", ["dog"], 0.0),
-        ("red", ["red"] * 2 + ["blue"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),
-        ("red", ["red"] * 10, 1.0),
-    ],
-)
-def test_vqa_accuracy(said: str, right: list[str], accuracy: float) -> None:
-    assert text.vqa_accuracy(said, right) == pytest.approx(accuracy)
-
-
 @pytest.fixture(scope="module")
 def open_page() -> Iterator[Callable[..., Any]]:
     with sync_playwright() as playwright:
@@ -376,7 +361,7 @@ def open_page() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page(two: shardsight.Report, open_page: Callable[..., Any], width: int, scheme: str) -> None:
-    """It asks nothing of the network, fits the window, says what report.json says, and draws the truth beside models."""
+    """It asks nothing of the network, fits the window, says what report.json says, and draws the truth, too."""
     page, wrong = open_page(two.page, width, scheme)
     page.locator(".chart svg path.curve").first.wait_for(state="attached")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
