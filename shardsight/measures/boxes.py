@@ -164,8 +164,8 @@ def things_of(truth: Truth, sample: Sample, sizes: Sizes) -> list[Thing]:
 
 
 def class_ids(truth: Truth) -> dict[str, int]:
-    """Name, in lower case → class id of the truth. Models' labels are matched by name."""
-    return {name.strip().lower(): number for number, name in truth.names.items()}
+    """Name, in lower case → class id of the truth, the first of that name. Models' labels are matched by name."""
+    return {name.strip().lower(): number for number, name in reversed(truth.names.items())}
 
 
 def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
@@ -181,7 +181,8 @@ def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
             x1, y1, x2, y2 = thing.box
             mask = thing.rle(width, height) if masks or thing.crowd else None
             area = float(rle.area(mask)) if mask and masks else (x2 - x1) * (y2 - y1)
-            points = [value for point in thing.points or [(0.0, 0.0, 0.0)] * truth.keypoints for value in point]
+            points = [value for point in thing.points or () for value in point]
+            points += [0.0] * (3 * truth.keypoints - len(points))  # of objects that have fewer: not labelled
             annotations.append(
                 {
                     **{"id": len(annotations) + 1, "image_id": number, "category_id": thing.class_id},
