@@ -55,7 +55,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dict(third),
     ]
     content["images"] += [
-        {"id": 50, "file_name": "empty.jpg", "width": 64, "height": 64},
+        content["images"][0] | {"id": 50, "file_name": "empty.jpg"},
         dict(content["images"][0]),
     ]
     shutil.copy(out / "images" / "0077-000000.jpg", out / "images" / "empty.jpg")
@@ -237,15 +237,18 @@ def test_an_interrupted_evaluation_goes_on(one_ray: str, clean: Path, tmp_path: 
         assert len({row["id"] for row in rows_of(tmp_path / "out" / "models" / name)}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind", "name"), [("obb", "oriented", "mAP50-95"), ("classify", "classes", "top-1")])
 def test_labels_of_ultralytics(one_ray: str, tmp_path: Path, task: str, kind: str, name: str) -> None:
     write(scenes(12, 77), tmp_path / "in", "yolo", task)
     report = shardsight.evaluate(tmp_path / "in", output=tmp_path / "out", yolo=WEIGHTS / f"{task}.pt", **SMALL)
     assert report.content["main"]["kind"] == kind
     assert report.models[0]["figures"][kind]["measures"][name]["value"] > 0.3
-    assert report.models[0]["classes"] == {"unknown": {}, "missing": []}
+    classes = report.models[0]["classes"]
+    assert classes["missing"] == [] and not any(classes["unknown"].values())  # twelve scenes lack some of the classes
 
 
+@pytest.mark.slow
 def test_questions_and_answers(one_ray: str, tmp_path: Path, jpegs: list[bytes]) -> None:
     """Each picture is asked its own prompts; what is not measured is counted."""
     lines = []
