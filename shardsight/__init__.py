@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardsight.conversion import convert as convert
     from shardsight.errors import UsageError as UsageError
     from shardsight.job import Job as Job
     from shardsight.job import JobError as JobError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "annotate": "shardsight.job",
+    "convert": "shardsight.conversion",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
     "PaliGemma": "shardsight.models.paligemma.model",

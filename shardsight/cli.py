@@ -10,8 +10,8 @@ from shardsight.errors import UsageError
 # The rest is imported by each command, in seconds during which an interrupt is already handled.
 
 COMMANDS = (
-    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], or shardsight show OUT; "
-    "see also annotate --help and show --help"
+    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], shardsight show OUT, "
+    "or shardsight convert OUT --to FORMAT --output DIR; see also annotate --help, show --help and convert --help"
 )
 
 
@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         return annotate(rest, "shardsight annotate")
     if command == "show":
         return show(rest, "shardsight show")
+    if command == "convert":
+        return convert(rest, "shardsight convert")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -90,18 +92,58 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
     parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
     parser.add_argument("--page", metavar="PATH", help="OUT/page.html by default; ./page.html where OUT is in a store")
     parser.add_argument("--count", metavar="N", type=int, default=24, help="pictures on the page; 24 by default")
-    parser.add_argument(
-        "--storage", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="of the store; as for the job"
-    )
+    _add_storage(parser)
     args = parser.parse_args(arguments)
     try:
-        if wrong := [pair for pair in args.storage if "=" not in pair]:
-            raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
-        print(viewer.show(args.out, args.page, args.count, dict(pair.split("=", 1) for pair in args.storage)))
+        print(viewer.show(args.out, args.page, args.count, _storage(args.storage)))
     except UsageError as error:
         print(f"shardsight: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def convert(arguments: list[str] | None = None, command: str = "python -m jobs.convert") -> int:
+    """Write a job's results in another tool's format and print where; returns the exit code of the contract: 0 or 2."""
+    from rich.console import Console
+
+    from shardsight.conversion import FORMATS, convert
+    from shardsight.progress import converted
+
+    parser = argparse.ArgumentParser(prog=command, description="A job's results in the format of another tool.")
+    parser.add_argument("out", metavar="OUT", help="a job's --output: a folder, or a prefix as s3://bucket/job")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument("--output", required=True, metavar="DIR", help="an empty folder, or a prefix in a store")
+    parser.add_argument(
+        "--from", dest="source", choices=("detections", "answers"), default="detections", help="YOLO's or PaliGemma's"
+    )
+    parser.add_argument("--min-score", metavar="F", type=float, default=0.0, help="leave out objects below; 0")
+    parser.add_argument("--label", metavar="NAME", action="append", default=[], help="only these; repeatable")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="only its answers; repeatable")
+    parser.add_argument("--split", metavar="F", type=float, help="share of pictures for validation; 0.2")
+    parser.add_argument("--link", action="store_true", help="link to local pictures instead of copying them")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier conversion in DIR")
+    _add_storage(parser)
+    args = vars(parser.parse_args(arguments))
+    try:
+        report = convert(**args | {"storage": _storage(args["storage"])})
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    converted(report, Console(stderr=True))
+    print(args["output"])
+    return 0
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="of the store; as for the job"
+    )
+
+
+def _storage(pairs: list[str]) -> dict[str, str]:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _interrupt(*_: Any) -> None:
