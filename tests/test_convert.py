@@ -166,12 +166,9 @@ def test_a_job_whose_inputs_have_changed(
     code, said = annotate(folder, "--output", tmp_path / "job", "--yolo", detector, "--max-error-rate", 1)
     assert code == 0, said
     assert list(job_of(tmp_path / "job")["models"]["yolo"]["names"].values()) == list(KINDS)
-    width, height = decode(jpegs[1])[1:]
-    file = io.BytesIO()
-    Image.new("RGB", (width, height)).save(file, "JPEG")
-    (folder / "1.jpg").write_bytes(file.getvalue())
+    (folder / "1.jpg").write_bytes(black_one_like(jpegs[1]))
     (folder / "2.jpg").unlink()
-    write_tar(folder / "changed.tar", [("6.jpg", jpegs[7]), ("7.jpg", jpegs[6]), ("8.jpg", jpegs[8])])
+    write_tar(folder / "changed.tar", [("6.jpg", black_one_like(jpegs[6])), ("7.jpg", jpegs[7]), ("8.jpg", jpegs[8])])
     arguments = [str(tmp_path / "job"), "--to", "yolo", "--output", str(tmp_path / "out")]
     assert cli.convert(arguments) == 0
     printed = capfd.readouterr()
@@ -189,6 +186,13 @@ def test_a_job_whose_inputs_have_changed(
     # All classes of the model, whether found or not, and in its order.
     labels = yolo_labels(tmp_path / "out", "detect")
     assert list(labels[0]["names"].values()) == record["names"] == list(KINDS)
+
+
+def black_one_like(data: bytes) -> bytes:
+    """A picture of the same size."""
+    file = io.BytesIO()
+    Image.new("RGB", decode(data)[1:]).save(file, "JPEG")
+    return file.getvalue()
 
 
 def test_a_picture_that_is_another_now(tmp_path: Path, jpegs: list[bytes]) -> None:
@@ -213,8 +217,8 @@ def test_what_is_converted(tmp_path: Path) -> None:
     """Filters, classes and what is left out, each counted."""
     found = [
         OBJECT,
-        OBJECT | {"label": "ring", "class_id": 2, "score": 0.5},
-        OBJECT | {"label": "ring", "class_id": 2, "score": 0.2},
+        OBJECT | {"label": "ring", "class_id": 7, "score": 0.5},
+        OBJECT | {"label": "ring", "class_id": 7, "score": 0.2},
         OBJECT | {"label": "cross", "class_id": 1},
         OBJECT | {"label": None, "class_id": None},
         OBJECT | {"x2": 1.0},
@@ -232,16 +236,17 @@ def test_what_is_converted(tmp_path: Path) -> None:
     assert report.written == {"images": 2, "objects": 3}
     content = json.loads((tmp_path / "out" / "instances.json").read_text())
     # In the order of the model's class ids.
-    assert [(one["id"], one["name"]) for one in content["categories"]] == [(1, "ring"), (2, "star")]
+    assert [(one["id"], one["name"]) for one in content["categories"]] == [(1, "star"), (2, "ring")]
     assert [(one["category_id"], one["bbox"]) for one in content["annotations"]] == [
-        *((2, [1.0, 2.0, 29.0, 38.0]), (1, [1.0, 2.0, 29.0, 38.0]), (2, [0.0, 2.0, 30.0, 48.0]))
+        *((1, [1.0, 2.0, 29.0, 38.0]), (2, [1.0, 2.0, 29.0, 38.0]), (1, [0.0, 2.0, 30.0, 48.0]))
     ]
 
 
 def answers_job(out: Path) -> Path:
     """An object with a score; one without, whose answer's mean log-probability is -1; a row that was not asked."""
+    both = [OBJECT | {"class_id": 0}, OBJECT | {"label": "ring", "class_id": 1}]
     answers = [
-        {"prompt": "detect star ; ring", "text": "", "score": -0.1, "detections": [OBJECT | {"class_id": 0}]},
+        {"prompt": "detect star ; ring", "text": "", "score": -0.1, "detections": both},
         {"prompt": "caption en", "text": "a star", "score": -0.5, "detections": []},
         {"prompt": "detect ring", "text": "", "score": -1.0}
         | {"detections": [OBJECT | {"label": "ring", "class_id": 0, "score": None}]},
@@ -256,11 +261,11 @@ def test_answers(tmp_path: Path) -> None:
     """Two prompts may give their own class the same number: classes are the labels, sorted."""
     job = answers_job(tmp_path / "job")
     report = shardsight.convert(job, tmp_path / "out", "coco", source="answers")
-    assert report.left_out == {"rows without answers": 1} and report.written == {"images": 1, "objects": 2}
+    assert report.left_out == {"rows without answers": 1} and report.written == {"images": 1, "objects": 3}
     content = json.loads((tmp_path / "out" / "instances.json").read_text())
     assert [one["name"] for one in content["categories"]] == ["ring", "star"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(one["category_id"], round(one["score"], 3)) for one in results] == [(2, 0.75), (1, 0.368)]
+    assert [(one["category_id"], round(one["score"], 3)) for one in results] == [(2, 0.75), (1, 0.75), (1, 0.368)]
     report = shardsight.convert(job, tmp_path / "one", "coco", source="answers", prompt=["detect ring"])
     assert report.written == {"images": 1, "objects": 1}
     content = json.loads((tmp_path / "one" / "instances.json").read_text())
@@ -328,6 +333,7 @@ def test_overwrite(tmp_path: Path, jpegs: list[bytes]) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
     (tmp_path / "out" / "images" / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "precious")
     shardsight.convert(job, tmp_path / "out", "coco", overwrite=True)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["conversion.json", "instances.json", "results.json"]
@@ -379,15 +385,15 @@ def test_stores(tmp_path: Path, s3: S3, jpegs: list[bytes], to: str, capfd: pyte
     assert not (stored / "stale").exists()
 
 
-def test_a_store_that_is_not_there(tmp_path: Path, s3: S3, capfd: pytest.CaptureFixture[str]) -> None:
-    row = {"id": "a.jpg", "uri": "a.jpg", "width": 100, "height": 50, "detections": [OBJECT]}
-    job = write_job(tmp_path / "job", [row])
-    refused(capfd, [str(job), "--to", "coco", "--output", "s3://no-such-bucket/x", *s3.options()], "no-such-bucket")
-    refused(
-        capfd,
-        ["s3://no-such-bucket/x", "--to", "coco", "--output", str(tmp_path / "out"), *s3.options()],
-        "no-such-bucket",
-    )
+@pytest.mark.parametrize("to", ["coco", "yolo"])
+def test_a_store_that_is_not_there(
+    tmp_path: Path, s3: S3, jpegs: list[bytes], capfd: pytest.CaptureFixture[str], to: str
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    job = str(write_job(tmp_path / "job", [rows_of_one(tmp_path / "a.jpg", "star")]))
+    missing, here = "s3://no-such-bucket/x", str(tmp_path / "out")
+    refused(capfd, [job, "--to", to, "--output", missing, *s3.options()], "there is no bucket no-such-bucket")
+    refused(capfd, [missing, "--to", to, "--output", here, *s3.options()], "there is no bucket no-such-bucket")
 
 
 def test_an_unfinished_job_is_converted_so_far(tmp_path: Path) -> None:

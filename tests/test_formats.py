@@ -49,12 +49,16 @@ def detection(shape: Shape, scene: Scene, task: str = "detect") -> dict[str, Any
         rle = coco_rle(shape.mask)
         found["mask"] = {"height": rle["size"][0], "width": rle["size"][1], "counts": rle["counts"]}
     if task == "pose":
-        found["keypoints"] = [
-            {"x": x, "y": y, "score": 0.9 if seen else 0.1} for x, y, seen in shape.keypoints.tolist()
-        ]
+        places = zip(shape.keypoints.tolist(), is_hidden(shape), strict=True)
+        found["keypoints"] = [{"x": x, "y": y, "score": 0.1 if hidden else 0.9} for (x, y, _), hidden in places]
     if task == "obb":
         found |= {"corners": shape.corners.ravel().tolist(), "angle": 0.0}
     return found
+
+
+def is_hidden(shape: Shape) -> np.ndarray:
+    """Which keypoints the model does not see, bool (5,): those that the truth lacks, and the second."""
+    return (shape.keypoints[:, 2] == 0) | (np.arange(len(KEYPOINTS)) == 1)
 
 
 def rows(scenes: Iterable[Scene], pictures: Iterable[Path], task: str = "detect") -> list[dict[str, Any]]:
@@ -137,7 +141,7 @@ def test_coco(convert: Convert, some_scenes: list[Scene], task: str, kind: str) 
                 assert annotation["area"] == shape.mask.sum()
             else:
                 points = np.array(annotation["keypoints"]).reshape(-1, 3)
-                hidden = shape.keypoints[:, 2] == 0
+                hidden = is_hidden(shape)
                 assert (points[hidden] == 0).all() and (points[~hidden, 2] == 2).all()
                 np.testing.assert_allclose(points[~hidden, :2], shape.keypoints[~hidden, :2], atol=1e-3)
 
@@ -188,7 +192,7 @@ def test_yolo(convert: Convert, some_scenes: list[Scene], pictures: list[Path], 
                 )
                 assert (x2 - x1) * (y2 - y1) > 0
             if task == "pose":
-                points, hidden = label["keypoints"][at], shape.keypoints[:, 2] == 0
+                points, hidden = label["keypoints"][at], is_hidden(shape)
                 np.testing.assert_array_equal(points[:, 2] > 0, ~hidden)
                 np.testing.assert_allclose(points[~hidden, :2] * size, shape.keypoints[~hidden, :2], atol=0.01)
             if task == "obb":
