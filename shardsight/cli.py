@@ -260,6 +260,7 @@ def _export_parser(command: str) -> argparse.ArgumentParser:
     add("--data", metavar="PATH", help="labelled pictures: calibrate int8, and compare all; or pictures to calibrate")
     add("--within", metavar="POINTS", type=float, help="name the fastest export that loses no more than this")
     add("--limit", metavar="N", type=int, help="compare on the first N pictures only")
+    add("--rounds", metavar="N", type=int, default=5, help="in which speed is measured; 5")
     add("--imgsz", metavar="N or H,W", type=_imgsz, help="input size; the model's own by default")
     add("--batch", metavar="N", type=int, help="pictures at once; with --dynamic, at most")
     add("--dynamic", action="store_true", help="any input size")

@@ -98,7 +98,7 @@ def _points(share: float | None, sign: str = "") -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """options: of ultralytics' export. data: labelled pictures, or a folder of pictures to calibrate with."""
+    """options: of ultralytics' export. rounds: in which speed is measured. data: labelled pictures, or a folder of pictures to calibrate with."""
 
     model: str
     output: str
@@ -108,6 +108,7 @@ class Request:
     data: str | None = None
     within: float | None = None
     limit: int | None = None
+    rounds: int = 5
     overwrite: bool = False
     storage: dict[str, str] = field(default_factory=dict)
 
@@ -158,6 +159,7 @@ def export(
     data: str | os.PathLike[str] | None = None,
     within: float | None = None,
     limit: int | None = None,
+    rounds: int = 5,
     overwrite: bool = False,
     storage: dict[str, str] | None = None,
     **options: Any,
@@ -167,14 +169,14 @@ def export(
     model: a .pt file, output: a folder, each local or in a store. format: of FORMATS. precision: of PRECISIONS; by
     default each format's first. data: labelled pictures, as for `evaluate`, on which int8 is calibrated and all exports
     are compared with the original; or for int8 alone a folder of pictures. within: points of the main measure that the
-    choice may lose. limit: pictures of the comparison. options: imgsz, batch, dynamic, nms, opset, simplify, fraction.
+    choice may lose. limit: pictures of the comparison; rounds: in which speed is measured. options: imgsz, batch, dynamic, nms, opset, simplify, fraction.
     Raises UsageError. An export that fails costs itself alone: see Exports.failed.
     """
     formats, precisions = ([one] if isinstance(one, str) else [*one] for one in (format, precision))
     data = None if data is None else absolute(os.fspath(data))
     model, output = absolute(os.fspath(model)), absolute(os.fspath(output).rstrip("/"))
     given = dict(storage or {})
-    return run(Request(model, output, formats, precisions, options, data, within, limit, overwrite, given))
+    return run(Request(model, output, formats, precisions, options, data, within, limit, rounds, overwrite, given))
 
 
 def run(request: Request, console: Console | None = None) -> Exports:
@@ -344,7 +346,7 @@ def _compare(made: Exports, request: Request, console: Console | None) -> None:
     asked = settings_as(
         Evaluation,
         **{"data": request.data, "output": f"{request.output}/evaluation", "yolo": paths},
-        **{"limit": request.limit, "storage": request.storage},
+        **{"limit": request.limit, "rounds": request.rounds, "storage": request.storage},
     )
     report = evaluate(asked, say=(lambda said: console.print(said, highlight=False)) if console else lambda _: None)
     kind, name = report.content["main"]["kind"], report.content["main"]["measure"]

@@ -163,7 +163,18 @@ def test_int8_and_the_choice(one_ray: str, labelled: Path, tmp_path: Path, capsy
     """Calibrated on the labelled pictures, compared with the original, and the fastest of those that lose little; the
     same command again goes on."""
     command = [str(DETECTOR), "--format", "openvino", "--precision", "fp32,int8,fp32", "--imgsz", str(SIZE)]
-    command += ["--data", str(labelled), "--within", "100", "--output", str(tmp_path / "out")]
+    command += [
+        "--data",
+        str(labelled),
+        "--within",
+        "100",
+        "--rounds",
+        "1",
+        "--limit",
+        "4",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert export(command) == 0
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     whole, small = record["exports"]
