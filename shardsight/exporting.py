@@ -98,7 +98,8 @@ def _points(share: float | None, sign: str = "") -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """options: of ultralytics' export. rounds: in which speed is measured. data: labelled pictures, or a folder of pictures to calibrate with."""
+    """options: of ultralytics' export. rounds: in which speed is measured. data: labelled pictures, or a folder of
+    pictures to calibrate with."""
 
     model: str
     output: str
@@ -169,7 +170,8 @@ def export(
     model: a .pt file, output: a folder, each local or in a store. format: of FORMATS. precision: of PRECISIONS; by
     default each format's first. data: labelled pictures, as for `evaluate`, on which int8 is calibrated and all exports
     are compared with the original; or for int8 alone a folder of pictures. within: points of the main measure that the
-    choice may lose. limit: pictures of the comparison; rounds: in which speed is measured. options: imgsz, batch, dynamic, nms, opset, simplify, fraction.
+    choice may lose. limit: pictures of the comparison. rounds: in which speed is measured. options: imgsz, batch,
+    dynamic, nms, opset, simplify, fraction.
     Raises UsageError. An export that fails costs itself alone: see Exports.failed.
     """
     formats, precisions = ([one] if isinstance(one, str) else [*one] for one in (format, precision))
