@@ -7,9 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardsight.conversion import convert as convert
     from shardsight.errors import UsageError as UsageError
     from shardsight.evaluation.run import Report as Report
     from shardsight.evaluation.run import evaluate as evaluate
+    from shardsight.exporting import Exports as Exports
+    from shardsight.exporting import export as export
     from shardsight.job import Job as Job
     from shardsight.job import JobError as JobError
     from shardsight.job import annotate as annotate
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "annotate": "shardsight.job",
+    "convert": "shardsight.conversion",
     "evaluate": "shardsight.evaluation.run",
+    "Exports": "shardsight.exporting",
+    "export": "shardsight.exporting",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
     "PaliGemma": "shardsight.models.paligemma.model",

@@ -19,6 +19,7 @@ from shardsight import settings as requests
 from shardsight.errors import Fault, UsageError
 from shardsight.models import selection
 from shardsight.models.selection import ModelInfos
+from shardsight.models.yolo.info import YoloInfo
 from shardsight.results.coverage import Coverage
 from shardsight.results.writer import Results
 from shardsight.row import STAGES
@@ -199,6 +200,7 @@ class _Run:
             **{"configuration": self.settings.record(), "versions": versions()},
             "models": {
                 name: {"path": model.path, "sha256": model.sha256, "files": model.files}
+                | ({"names": model.names} if isinstance(model, YoloInfo) else {})
                 for name, model in self.models.items()
             },
         }

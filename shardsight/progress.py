@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from shardsight.results.formats.sample import Report
+
 EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -97,4 +99,20 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
         table.add_row("bottleneck", job["bottleneck"])
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")
     table.add_row("results", f"{where}/results/*.parquet")
+    console.print(table, highlight=False)
+
+
+def converted(report: Report, console: Console) -> None:
+    """The table at the end of a conversion; of each reason it names the first three."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, count in sorted((+report.written).items()):
+        table.add_row(what, f"{count:,}")
+    for reason, count in report.left_out.most_common():
+        table.add_row("left out", Text(f"{count:,} {reason}"))
+        for id in report.examples[reason][:3]:
+            table.add_row("", Text(f"  {id}"))
+    for note in report.notes:
+        table.add_row("note", Text(note))
     console.print(table, highlight=False)

@@ -1,6 +1,7 @@
 """The row: one Arrow schema for every job, and the columns that go with a row until it is written."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,7 @@ FRAME = [("frame", pa.large_binary()), ("frame_width", pa.int32()), ("frame_heig
 # In the first row of a clip of a video: its frames, for PaliGemma.
 FRAME += [("clip", pa.list_(pa.struct([*FRAME, ("frame_index", pa.int32())])))]
 STAGES = ("read", "decode", "yolo", "paligemma")
+FRAME_OF_VIDEO = "@[^@]*$"  # in a row's id, what follows its video's id
 # Wall-clock and CPU seconds that each stage spent on a row.
 SECONDS = [f"{stage}_{kind}_seconds" for stage in STAGES for kind in ("clock", "cpu")]
 
@@ -136,6 +138,11 @@ def without_frames(table: pa.Table) -> pa.Table:
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     """The table with one column replaced."""
     return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def video_of(id: str) -> str:
+    """The id of the video that a frame's row is of."""
+    return re.sub(FRAME_OF_VIDEO, "", id)
 
 
 def version_of(*facts: object) -> str:

@@ -53,7 +53,8 @@ class Options(BaseSettings):
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
     paligemma: list[str] = Field(
         [],
-        description="a PaliGemma 1 or 2: a folder, or its name on Hugging Face's hub; repeat it for other resolutions",
+        description="a PaliGemma 1 or 2: a folder, local or in a store, or its name on Hugging Face's hub; repeat it "
+        "for other resolutions",
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     prompt: list[str] = Field(
@@ -65,8 +66,9 @@ class Options(BaseSettings):
     scaled_decode: CliImplicitFlag[bool] = Field(
         True, description="decode JPEGs and videos no larger than the models need"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto",
+        description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32; exports have their own",
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
     storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")
@@ -117,7 +119,7 @@ class Models(Options):
     """Settings of the job and the service alike: the models, and how they process pictures and videos."""
 
     yolo: str | None = Field(
-        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …"
+        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …; local or in a store"
     )
     classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     resolution: str = Field(
@@ -391,7 +393,7 @@ _HELP = {
         **{"clip_frames": "N", "clip_seconds": "S"},
     },
     "Speed": {
-        **{"precision": "auto|fp32|bf16|fp16", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
+        **{"precision": "auto|fp32|bf16|fp16|int8", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
         **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
     },
     "The job": {

@@ -55,7 +55,7 @@ def measure(truth: Truth, model: Rows) -> dict[str, dict[str, Any]]:
 
 def main_of(measured: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """(kind, measure) that decides between models: of the last kind; of text, of the first with a rule of its own."""
-    for kind in ("vqa", "ocr", "text"):
+    for kind in ("vqa", "caption", "ocr", "text"):
         if kind in measured:
             return kind, next(iter(measured[kind]["measures"]))
     kind = list(measured)[-1]

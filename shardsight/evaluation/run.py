@@ -35,7 +35,7 @@ from shardsight.models.yolo.info import YoloInfo
 from shardsight.settings import settings_as
 from shardsight.sources.metadata import plain
 from shardsight.storage import Storage, is_remote
-from shardsight.truth import MISSING, Truth
+from shardsight.truth import MISSING, OTHER_SIZE, Truth
 from shardsight.viewer import evaluation as viewer
 from shardsight.viewer.labelled import LABELLED, with_truth
 
@@ -99,6 +99,7 @@ class _Run:
     say: Callable[[str], None]
     models: list[dict[str, Any]] = field(default_factory=list)
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def report(self) -> Report:
         began, request = time.monotonic(), self.request
@@ -205,6 +206,7 @@ class _Run:
         rows = self._join(one, done)
         names = list(info.names.values()) if isinstance(info, YoloInfo) else None
         own = Rows(rows, names)
+        self.sizes |= own.sizes()
         measured = measure(self.truth, own)
         kind, name = main_of(measured)
         self.replicates[one.name] = measured[kind]["measures"][name]["replicates"]
@@ -317,6 +319,8 @@ class _Run:
         unread = {id for model in self.models for id in model["failed"]} - missing
         if unread:
             faults[UNREADABLE] = sorted(unread)
+        if others := self.truth.other_sizes(self.sizes):
+            faults[OTHER_SIZE] = others
         objects = [f"{one.id}: {prompt}" for one in self.truth.samples for prompt in one.asked
                    if prompt.startswith(("detect ", "segment "))]  # fmt: skip
         return faults | ({NOT_MEASURED: objects} if objects else {})

@@ -17,6 +17,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from shardsight.errors import UsageError
 from shardsight.measures import bootstrap
 from shardsight.measures.bootstrap import figure
 from shardsight.truth import Sample, Thing, Truth
@@ -123,9 +124,9 @@ def _matched(truth: Truth, found: Found, sizes: Sizes, kind: str) -> dict[str, l
     step = len(params.areaRng) * pictures
     most = params.maxDets[-1]
     for number, area in enumerate(params.areaRngLbl):
+        starts = {one: k * step + number * pictures for k, one in enumerate(params.catIds)}  # which are sorted
         matched[area] = [
-            _of_class(evaluation.evalImgs[k * step + number * pictures : k * step + (number + 1) * pictures], most)
-            for k in range(len(params.catIds))
+            _of_class(evaluation.evalImgs[starts[one] : starts[one] + pictures], most) for one in truth.names
         ]
     return matched
 
@@ -163,8 +164,8 @@ def things_of(truth: Truth, sample: Sample, sizes: Sizes) -> list[Thing]:
 
 
 def class_ids(truth: Truth) -> dict[str, int]:
-    """Name, in lower case → class id of the truth. Models' labels are matched by name."""
-    return {name.strip().lower(): number for number, name in truth.names.items()}
+    """Name, in lower case → class id of the truth, the first of that name. Models' labels are matched by name."""
+    return {name.strip().lower(): number for number, name in reversed(truth.names.items())}
 
 
 def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
@@ -181,6 +182,7 @@ def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
             mask = thing.rle(width, height) if masks or thing.crowd else None
             area = float(rle.area(mask)) if mask and masks else (x2 - x1) * (y2 - y1)
             points = [value for point in thing.points or () for value in point]
+            points += [0.0] * (3 * truth.keypoints - len(points))  # of objects that have fewer: not labelled
             annotations.append(
                 {
                     **{"id": len(annotations) + 1, "image_id": number, "category_id": thing.class_id},
@@ -195,7 +197,7 @@ def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
 
 
 def results_of(truth: Truth, found: Found, kind: str) -> list[dict[str, Any]]:
-    """Detections of the classes that the truth has, as COCO's results."""
+    """Detections of the classes that the truth has, as COCO's results. Raises UsageError for other keypoints."""
     ids, results = class_ids(truth), []
     for number, sample in enumerate(truth.samples, 1):
         for one in found.get(sample.id, ()):
@@ -208,6 +210,11 @@ def results_of(truth: Truth, found: Found, kind: str) -> list[dict[str, Any]]:
                 size = [mask["height"], mask["width"]] if mask else [1, 1]
                 result["segmentation"] = {"size": size, "counts": mask["counts"]} if mask else _empty(1, 1)
             elif kind == "keypoints":
+                if len(one["keypoints"]) != truth.keypoints:
+                    raise UsageError(
+                        f"labelled objects have {truth.keypoints} keypoints, and the model finds "
+                        f"{len(one['keypoints'])}: give labels and a model with the same keypoints"
+                    )
                 result["keypoints"] = [v for p in one["keypoints"] for v in (p["x"], p["y"], p["score"] or 0.0)]
             else:
                 result["bbox"] = [one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]]
@@ -321,7 +328,10 @@ def _average_precision(
 
 
 def _best_conf(matches: Sequence[Matches], classes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The score from which on F1 at IoU 0.5, the mean over the classes, is highest; each class's own into `classes`."""
+    """The score from which on F1 at IoU 0.5, the mean over the classes, is highest; each class's own into `classes`.
+
+    None where nothing right is found; the middle of several that are as good.
+    """
     curves = []
     for one, row in zip(matches, classes, strict=True):
         counted = ~one.ignored[0]
@@ -332,16 +342,22 @@ def _best_conf(matches: Sequence[Matches], classes: list[dict[str, Any]]) -> dic
         row["best_conf"] = None
         if positives:
             curve = np.array([2 * true / (count + positives), true / np.maximum(count, 1), true / positives])
-            row["best_conf"] = float(CONFIDENCES[curve[0].argmax()])
+            row["best_conf"] = float(CONFIDENCES[_highest(curve[0])]) if curve[0].any() else None
             curves.append(curve)
-    if not curves:
+    if not np.any(curves):
         return {"conf": None, "f1": None, "precision": None, "recall": None}
     mean = np.mean(curves, axis=0)
-    at = int(mean[0].argmax())
+    at = _highest(mean[0])
     return {
         "conf": float(CONFIDENCES[at]),
         **dict(zip(("f1", "precision", "recall"), mean[:, at].tolist(), strict=True)),
     }
+
+
+def _highest(values: np.ndarray) -> int:
+    """Where they are highest; the middle one of such places."""
+    places = np.flatnonzero(values > values.max() - 1e-12)
+    return int(places[len(places) // 2])
 
 
 def _calibration(matches: Sequence[Matches]) -> dict[str, Any]:
@@ -384,7 +400,7 @@ def confusion(truth: Truth, found: Found, sizes: Sizes, conf: float, oriented: b
     """Which class is taken for which, at IoU 0.5 and a least score: labels, and counts (n + 1, n + 1).
 
     A row is a true class, a column a found one; the last row is of what is nothing, the last column of what is missed.
-    Pairs of the largest IoU match first, whatever their classes; crowds are left out.
+    Pairs of the largest IoU match first, whatever their classes; crowds, and what else is found in one, are left out.
     """
     ids, numbers = class_ids(truth), {class_id: n for n, class_id in enumerate(truth.names)}
     last = len(numbers)
@@ -393,22 +409,31 @@ def confusion(truth: Truth, found: Found, sizes: Sizes, conf: float, oriented: b
         true = [one for one in things_of(truth, sample, sizes) if not one.crowd]
         mine = [one for one in found.get(sample.id, ()) if (one["score"] or 0.0) >= conf]
         mine = [one for one in mine if (one["label"] or "").strip().lower() in ids]
+        crowds = [one for one in things_of(truth, sample, sizes) if one.crowd]
+        crowded = _box_iou(mine, crowds).max(axis=1, initial=0) >= THRESHOLDS[0]
         if oriented:
             iou = probiou([one["corners"] for one in mine], [thing.corners for thing in true])
         else:
-            boxes = [[one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]] for one in mine]
-            others = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in (thing.box for thing in true)]
-            iou = np.array(rle.iou(boxes, others, [0] * len(others))) if boxes and others else np.zeros((0, 0))
+            iou = _box_iou(mine, true)
         rows = [numbers[thing.class_id] for thing in true]
         columns = [numbers[ids[one["label"].strip().lower()]] for one in mine]
         pairs = _pairs(iou)
         for own, other in pairs.items():
             counts[rows[other], columns[own]] += 1
         for own in set(range(len(mine))) - pairs.keys():
-            counts[last, columns[own]] += 1
+            counts[last, columns[own]] += not crowded[own]
         for other in set(range(len(true))) - set(pairs.values()):
             counts[rows[other], last] += 1
     return {"labels": list(truth.names.values()), "counts": counts.tolist()}
+
+
+def _box_iou(found: Sequence[Mapping[str, Any]], true: Sequence[Thing]) -> np.ndarray:
+    """(n, m): of boxes; with a crowd, the share of the found box that lies in it, as COCO has it."""
+    if not found or not true:
+        return np.zeros((len(found), len(true)))
+    boxes = [[one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]] for one in found]
+    others = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in (thing.box for thing in true)]
+    return np.array(rle.iou(boxes, others, [int(thing.crowd) for thing in true]))
 
 
 def _pairs(iou: np.ndarray) -> dict[int, int]:

@@ -5,13 +5,14 @@ import json
 import yaml
 
 from shardsight.errors import UsageError
+from shardsight.sources import absolute
 from shardsight.storage import Storage, StorageError, explain
 from shardsight.truth.coco import is_coco, read_coco
-from shardsight.truth.labels import BOXES, MISSING, Sample, Thing, Truth
+from shardsight.truth.labels import BOXES, MISSING, OTHER_SIZE, Sample, Thing, Truth
 from shardsight.truth.text import is_vqa, read_jsonl, read_vqa
 from shardsight.truth.yolo import read_folder, read_yaml
 
-__all__ = ["BOXES", "MISSING", "Sample", "Thing", "Truth", "read"]
+__all__ = ["BOXES", "MISSING", "OTHER_SIZE", "Sample", "Thing", "Truth", "read"]
 
 _KINDS = "COCO JSON, ultralytics' data.yaml or folder of classes, JSONL of image, prefix and suffix, or VQA JSON"
 
@@ -21,7 +22,7 @@ def read(path: str, storage: Storage, task: str | None = None) -> Truth:
 
     task: of the models, where the labels allow several.
     """
-    path = path.rstrip("/")
+    path = absolute(path.rstrip("/"))
     try:
         if storage.is_folder(path):
             inside = f"{path}/data.yaml"
@@ -44,7 +45,7 @@ def read(path: str, storage: Storage, task: str | None = None) -> Truth:
                 return read_coco(path, content, storage, task)
             if is_vqa(content):
                 return read_vqa(path, content, storage)
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UsageError(f"--data {path} cannot be read as labels: {reason}") from error
     raise UsageError(f"--data {path} is no labelled set that is known: give {_KINDS}")

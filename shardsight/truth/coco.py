@@ -8,9 +8,9 @@ from typing import Any
 from pycocotools import mask as rle
 
 from shardsight.errors import UsageError
-from shardsight.sources import printable
-from shardsight.storage import Storage, is_remote
+from shardsight.storage import Storage
 from shardsight.truth.labels import (
+    BAD_MASK,
     MISSING,
     NO_CATEGORY,
     NO_NUMBERS,
@@ -21,6 +21,7 @@ from shardsight.truth.labels import (
     Thing,
     Truth,
 )
+from shardsight.truth.pictures import Pictures
 
 
 def is_coco(content: Any) -> bool:
@@ -31,6 +32,7 @@ def read_coco(path: str, content: Mapping[str, Any], storage: Storage, task: str
     """task: of the models; by default keypoints or masks where there are any. Raises UsageError."""
     faults = Faults()
     names = {int(one["id"]): str(one["name"]) for one in content["categories"]}
+    faults.classes(names)
     images: dict[Any, Mapping[str, Any]] = {}
     for image in content["images"]:
         if image["id"] in images:
@@ -45,19 +47,23 @@ def read_coco(path: str, content: Mapping[str, Any], storage: Storage, task: str
         if annotation.get("id") in seen:
             faults.add(TWICE, f"annotation {annotation['id']}")
         seen.add(annotation.get("id"))
-    place = _Pictures(path, storage)
+    # val2017 of annotations/instances_val2017.json
+    part = path.rpartition("/")[2].rpartition(".")[0].rpartition("_")[2]
+    pictures = Pictures(path, part, storage)
+    places = pictures.find_all([(str(one["file_name"]), str(one.get("coco_url") or "")) for one in images.values()])
     samples = []
-    for number, image in images.items():
-        uri, there = place.find(image)
+    for (number, image), (uri, there) in zip(images.items(), places, strict=True):
         if not there:
             faults.add(MISSING, uri)
         faults.things(uri, things[number], image.get("width"), image.get("height"))
         samples.append(Sample(uri, image.get("width"), image.get("height"), things[number]))
     masks = any(thing.mask or thing.polygons for some in things.values() for thing in some)
-    found = "pose" if keypoints else "segment" if masks else "detect"
+    found = _task(task, "pose" if keypoints else "segment" if masks else "detect", path)
     if not samples:
         raise UsageError(f"{path} lists no pictures: give a set that has some")
-    return Truth(_task(task, found, path), names, samples, faults.found(), keypoints=keypoints)
+    if found == "segment":
+        faults.masks(samples)
+    return Truth(found, names, samples, faults.found(), keypoints=keypoints)
 
 
 def _task(asked: str | None, found: str, path: str) -> str:
@@ -84,26 +90,30 @@ def _add(
         faults.add(NO_PICTURE, name)
     elif annotation.get("category_id") not in names:
         faults.add(NO_CATEGORY, f"{name}: category {annotation.get('category_id')}")
-    elif (thing := _thing(annotation, image)) is None:
-        faults.add(NO_NUMBERS, name)
+    elif isinstance(thing := _thing(annotation, image), str):
+        faults.add(thing, name)
     else:
         things[annotation["image_id"]].append(thing)
 
 
-def _thing(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Thing | None:
-    """None where its numbers are none."""
+def _thing(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Thing | str:
+    """The reason, where it cannot be read."""
     try:
         x, y, width, height = map(float, annotation["bbox"])
         points = [float(value) for value in annotation.get("keypoints") or ()]
         area = annotation.get("area")
+        area = None if area is None else float(area)
+    except (KeyError, TypeError, ValueError):
+        return NO_NUMBERS
+    if not all(map(math.isfinite, (x, y, width, height, area or 0.0, *points))) or len(points) % 3:
+        return NO_NUMBERS
+    try:
         polygons, mask = _mask(annotation.get("segmentation"), image)
     except (KeyError, TypeError, ValueError):
-        return None
-    if not all(map(math.isfinite, (x, y, width, height, *points))):
-        return None
+        return BAD_MASK
     return Thing(
         *(int(annotation["category_id"]), (x, y, x + width, y + height), bool(annotation.get("iscrowd"))),
-        *(float(area) if area is not None else None, polygons, mask),
+        *(area, polygons, mask),
         points=list(zip(points[::3], points[1::3], points[2::3], strict=True)) or None,
     )
 
@@ -114,42 +124,18 @@ def _mask(found: Any, image: Mapping[str, Any]) -> tuple[list[list[float]] | Non
         return None, None
     if isinstance(found, list):
         polygons = [[float(value) for value in polygon] for polygon in found]
+        if any(len(polygon) % 2 or not all(map(math.isfinite, polygon)) for polygon in polygons):
+            raise ValueError("a polygon that is no list of points")
         return [polygon for polygon in polygons if len(polygon) >= 6] or None, None
-    if isinstance(found["counts"], list):
-        found = rle.frPyObjects(found, *found["size"])
+    height, width = map(int, found["size"])
+    if (image.get("height") or height, image.get("width") or width) != (height, width):
+        raise ValueError("a mask of another size than its picture's")
     counts = found["counts"]
-    return None, {"size": list(found["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
-
-
-class _Pictures:
-    """Where the pictures of a JSON lie: beside it, in `images/`, in a folder beside it that its name names (val2017 of
-    annotations/instances_val2017.json), or where `coco_url` says."""
-
-    def __init__(self, path: str, storage: Storage) -> None:
-        self.storage = storage
-        folder, _, name = path.rpartition("/")
-        above = folder.rpartition("/")[0]
-        part = name.rpartition(".")[0].rpartition("_")[2]
-        self.folders = [
-            folder,
-            f"{folder}/images",
-            f"{above}/{part}",
-            f"{above}/images/{part}",
-            f"{above}/images",
-            above,
-        ]
-
-    def find(self, image: Mapping[str, Any]) -> tuple[str, bool]:
-        """(path or uri, whether it is there). The folder of the first that is found is tried first from then on."""
-        name = str(image["file_name"])
-        if "://" in name or name.startswith("/"):
-            return printable(name), "://" in name or self.storage.exists(name)
-        for folder in self.folders:
-            if self.storage.exists(uri := f"{folder}/{name}"):
-                self.folders.remove(folder)
-                self.folders.insert(0, folder)
-                return printable(uri), True
-        url = str(image.get("coco_url") or "")
-        if url and (is_remote(url) or self.storage.exists(url)):
-            return printable(url), self.storage.exists(url)
-        return printable(f"{self.folders[0]}/{name}"), False
+    if isinstance(counts, list):
+        if sum(counts) != height * width or min(counts) < 0:
+            raise ValueError("run lengths that are not those of the mask's size")
+        counts = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
+    mask = {"size": [height, width], "counts": counts.decode() if isinstance(counts, bytes) else str(counts)}
+    if rle.area(mask) > height * width:
+        raise ValueError("run lengths that are longer than the mask")
+    return None, mask

@@ -1,6 +1,7 @@
 """What a labelled set says of its pictures."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +58,9 @@ class Thing:
 class Sample:
     """One picture with its labels. id: its path or uri, as a job's row has it in `uri`.
 
-    width, height: pixels, where the labels say them; as stored, before EXIF orientation, as COCO has it. class_id: of a
-    picture that is of one class. asked: prompt → the answers that are right.
+    width, height: pixels, where the labels say them. Labels in pixels are taken as of the picture as shown, after EXIF
+    orientation, which is where jobs find objects; see Truth.other_sizes. class_id: of a picture that is of one class.
+    asked: prompt → the answers that are right.
     """
 
     id: str
@@ -87,6 +89,17 @@ class Truth:
     @property
     def objects(self) -> int:
         return sum(len(sample.things) for sample in self.samples)
+
+    def other_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Pictures that are shown in another size than the labels say, so that the labels cannot fit what is found.
+
+        Most have an EXIF orientation and labels of the picture as stored. sizes: Sample.id → width, height, as shown.
+        """
+        return [
+            f"{one.id}: labels of {one.width}×{one.height}, picture of {sizes[one.id][0]}×{sizes[one.id][1]}"
+            for one in self.samples
+            if one.width and one.height and sizes.get(one.id, (one.width, one.height)) != (one.width, one.height)
+        ]
 
     @property
     def sigmas(self) -> np.ndarray:
@@ -122,6 +135,20 @@ class Faults:
             elif width and height and (min(x1, y1) < -slack or x2 > width + slack or y2 > height + slack):
                 self.add(OUTSIDE, name)
 
+    def classes(self, names: Mapping[int, str]) -> None:
+        """Classes are matched by name, whatever its case."""
+        seen: set[str] = set()
+        for name in names.values():
+            if name.strip().lower() in seen:
+                self.add(SAME_NAME, name)
+            seen.add(name.strip().lower())
+
+    def masks(self, samples: Iterable["Sample"]) -> None:
+        for sample in samples:
+            for thing in sample.things:
+                if not (thing.mask or thing.polygons):
+                    self.add(NO_MASK, sample.id)
+
     def found(self) -> dict[str, list[str]]:
         return dict(self.names)
 
@@ -129,10 +156,16 @@ class Faults:
 MISSING = "pictures that are not there; counted as pictures with nothing found"
 EMPTY = "pictures without an object; kept, whatever is found there is wrong"
 CROWD = "crowds; kept, what is found in them counts neither way"
+NO_MASK = "objects without a mask in a set of masks; kept, no mask can match them"
+SAME_NAME = "classes of the same name as another; what is found counts for the first of them"
 NO_AREA = "boxes without area; kept, nothing can match them"
 OUTSIDE = "boxes that reach out of their picture; kept as they are"
+OTHER_SIZE = "pictures of another size than their labels say, as by an EXIF orientation; kept, labels may not fit them"
 NO_CATEGORY = "objects of a class that the set does not name; left out"
 NO_PICTURE = "objects of a picture that the set does not list; left out"
 NO_NUMBERS = "objects whose coordinates are no numbers; left out"
+BAD_MASK = "objects whose mask is broken, or of another size than their picture; left out"
 TWICE = "pictures or objects whose id is there twice; of pictures the first is kept, objects are all kept"
+SAME_LINE = "lines that a label file has twice, or pictures that a list has twice; the first is kept"
+NO_CLASS = "pictures in no folder of a class; left out"
 NO_LABELS = "lines that are no label; left out"

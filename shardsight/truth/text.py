@@ -1,13 +1,14 @@
 """Prompts with their right answers: JSONL of image, prefix and suffix, or the JSON of VQA."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardsight.errors import UsageError
 from shardsight.models.paligemma.prompts import Prompt, PromptError
 from shardsight.storage import Storage
 from shardsight.truth.labels import MISSING, Faults, Sample, Truth
+from shardsight.truth.pictures import Pictures
 
 NO_QUESTION = "lines without a picture, a prompt or an answer; left out"
 NO_PROMPT = "prompts that PaliGemma does not take; left out"
@@ -18,15 +19,19 @@ def read_jsonl(path: str, text: str, storage: Storage) -> Truth:
     """Lines of {"image", "prefix", "suffix"}; a suffix is a text, or a list of texts that are all right. Pictures are
     relative to the file. Raises UsageError."""
     entries = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path} is no JSONL: line {number}: {error}") from None
-        entries.append((f"line {number}", value if isinstance(value, dict) else {}))
-    return _truth(path, entries, storage)
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            entries.append((f"line {number}", _entry(line)))
+    return _truth(path, "", entries, storage)
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """Empty, and thus counted as a fault, where the line is no JSON object."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def is_vqa(content: Any) -> bool:
@@ -54,15 +59,17 @@ def read_vqa(path: str, content: Mapping[str, Any], storage: Storage) -> Truth:
         prefix = f"answer en {question['question']}"
         right = answers.get(question["question_id"])
         entries.append((f"question {question['question_id']}", {"image": image, "prefix": prefix, "suffix": right}))
-    return _truth(path, entries, storage)
+    return _truth(path, subset, entries, storage)
 
 
-def _truth(path: str, entries: Iterable[tuple[str, Mapping[str, Any]]], storage: Storage) -> Truth:
-    folder = path.rpartition("/")[0]
+def _truth(path: str, part: str, entries: Sequence[tuple[str, Mapping[str, Any]]], storage: Storage) -> Truth:
+    """part: of the set, after which a folder of its pictures may be named."""
     faults, samples = Faults(), dict[str, Sample]()
+    images = list(dict.fromkeys(one["image"] for _, one in entries if isinstance(one.get("image"), str)))
+    places = dict(zip(images, Pictures(path, part, storage).find_all([(one, "") for one in images]), strict=True))
     for name, entry in entries:
         image, prefix, suffix = (entry.get(key) for key in ("image", "prefix", "suffix"))
-        if not isinstance(image, str) or not isinstance(prefix, str) or suffix is None:
+        if not isinstance(image, str) or not isinstance(prefix, str) or suffix is None or suffix == []:
             faults.add(NO_QUESTION, name)
             continue
         try:
@@ -70,25 +77,14 @@ def _truth(path: str, entries: Iterable[tuple[str, Mapping[str, Any]]], storage:
         except PromptError as error:
             faults.add(NO_PROMPT, f"{name}: {error}")
             continue
-        uri = _picture(folder, image, storage, faults, samples)
+        uri, there = places[image]
+        if uri not in samples and not there:
+            faults.add(MISSING, uri)
         answers = [str(one) for one in suffix] if isinstance(suffix, list) else [str(suffix)]
-        asked = samples[uri].asked
+        asked = samples.setdefault(uri, Sample(uri)).asked
         if prompt in asked:
             faults.add(ASKED_TWICE, f"{name}: {image}, {prompt}")
         asked[prompt] = asked.get(prompt, []) + answers
     if not samples:
         raise UsageError(f"{path} has no line with image, prefix and suffix: write one a question")
     return Truth("text", {}, list(samples.values()), faults.found())
-
-
-def _picture(folder: str, image: str, storage: Storage, faults: Faults, samples: dict[str, Sample]) -> str:
-    """The picture's path or uri, with a sample for it."""
-    uri = image if "://" in image or image.startswith("/") else f"{folder}/{image}"
-    if uri not in samples:
-        there = storage.exists(uri)
-        if not there and storage.exists(beside := f"{folder}/images/{image}"):
-            uri, there = beside, True
-        if not there:
-            faults.add(MISSING, uri)
-        samples.setdefault(uri, Sample(uri))
-    return uri

@@ -77,7 +77,7 @@ def _table(report: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[s
     rows = []
     for number, model in enumerate(models):
         failed = sum(model["errors"].values())
-        note = f"{failed:,} pictures failed" if failed else None
+        note = f"{failed:,} {'picture' if failed == 1 else 'pictures'} failed" if failed else None
         rows.append({"model": number, "name": model["name"], "note": note, "cells": [one[number] for one in cells]})
     return columns, rows
 
@@ -283,7 +283,12 @@ def _items(
     row = found[numbers[0]][id]
     place = {name: row[name] for name in ("id", "uri", "width", "height")}
     true = [{"label": row["true_class"], "class_id": None, "score": None}] if row["true_class"] is not None else None
-    rows = [{"model": "truth", "row": place | {"truth": row["truth"], "classes": true}}]
+    task = report["truth"]["task"]
+    drawn = {"mask": task == "segment", "keypoints": task == "pose"}  # what no model looks for would hide the boxes
+    objects = row["truth"] and [
+        {name: value for name, value in one.items() if drawn.get(name, True)} for one in row["truth"]
+    ]
+    rows = [{"model": "truth", "row": place | {"truth": objects, "classes": true}}]
     for number in numbers:
         own = found[number][id]
         kept = {name: own[name] for name in (*place, "classes", "error")}
@@ -332,7 +337,8 @@ def _faults(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             text = "does not have these classes of the labels, whose objects it therefore misses"
             yield {"name": model["name"], "text": text, "examples": missing}
         for error, count in model["errors"].items():
-            yield {"name": model["name"], "text": f"{count:,} pictures failed, {error}", "examples": []}
+            failed = "picture failed" if count == 1 else "pictures failed"
+            yield {"name": model["name"], "text": f"{count:,} {failed}, {error}", "examples": []}
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from shardsight.decode.pictures import decode
 from shardsight.errors import UsageError
 from shardsight.results.writer import Results
-from shardsight.row import Failure
+from shardsight.row import Failure, video_of
 from shardsight.sources import pictures
 from shardsight.storage import Storage, StorageError, explain, is_remote
 from shardsight.viewer.page import page, thumbnail
-from shardsight.viewer.videos import Videos, video_of, videos_of
+from shardsight.viewer.videos import Videos, videos_of
 
 BINS = 20  # of scores from 0 to 1, as in viewer.js
 EXAMPLES = 5  # of each kind of error

@@ -1,7 +1,6 @@
 """The videos of a job's page: their rows, and their frames as small videos."""
 
 import io
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from shardsight.decode import video
 from shardsight.decode.video import Sampling
-from shardsight.row import ROW, Failure
+from shardsight.row import FRAME_OF_VIDEO, ROW, Failure, video_of
 from shardsight.sources import open_file, pictures
 from shardsight.storage import Storage, StorageError, explain
 from shardsight.viewer.mp4 import Limits, SmallVideo, encode, small_size
@@ -22,16 +21,10 @@ from shardsight.viewer.page import thumbnail
 SIDE = 640
 FRAMES, BYTES = 2400, 32 << 20  # of all videos of a page together
 LEAST_FRAMES, MOST_FRAMES = 60, 300  # of one of them
-_FRAME = "@[^@]*$"  # of a row's id
-
-
-def video_of(id: str) -> str:
-    """The id of the video that a frame's row is of."""
-    return re.sub(_FRAME, "", id)
 
 
 def videos_of(ids: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(ids, _FRAME, "")
+    return pc.replace_substring_regex(ids, FRAME_OF_VIDEO, "")
 
 
 class Videos:

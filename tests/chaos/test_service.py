@@ -30,8 +30,8 @@ def inputs(jpegs: list[bytes]) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def rows(inputs: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the job says of them, by name. Before the service takes its share of two cores. In fp32: in bf16 a token of an
-    endless answer about noise depends on what else is in the batch."""
+    """What the job says of them, by name. Before the service takes its share of two cores. In fp32: in bf16 a token of
+    an endless answer about noise depends on what else is in the batch."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "in").mkdir()
     for name, data in inputs:

@@ -31,6 +31,7 @@ from shardsight.models.paligemma.prompts import Prompt, PromptError, Sampling
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.row import Failure, clips_of, frames_of
+from shardsight.storage import Storage
 
 GREEDY = Sampling()
 
@@ -51,12 +52,13 @@ class Asked:
 class PaliGemma:
     """One PaliGemma 1 or 2. Calls from several threads share its batches.
 
-    model: a folder, or a name on the hub, of `revision`. prompts: about each picture; with `regions`, about the crop of
-    each of its detections. route: selects pictures; all by default. max_tokens, prompt_tokens: of an answer and of a
-    prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in it, else fp32), fp32, bf16 or fp16.
-    adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory, threads: see Limits. clip_frames: pictures
-    in one prompt, at most; above 1, of a video only rows with a `clip` are asked about, all of its frames together.
-    prompt_column: of the rows' `metadata`, with a text or a list of them to ask instead of `prompts`.
+    model: a folder, a prefix in a store, or a name on the hub, of `revision`. prompts: about each picture; with
+    `regions`, about the crop of each of its detections. route: selects pictures; all by default. max_tokens,
+    prompt_tokens: of an answer and of a prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in
+    it, else fp32), fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory,
+    threads: see Limits. clip_frames: pictures in one prompt, at most; above 1, of a video only rows with a `clip` are
+    asked about, all of its frames together. prompt_column: of the rows' `metadata`, with a text or a list of them to
+    ask instead of `prompts`. storage: options of the model's store, as for the job.
     Raises ModelError, PromptError.
     """
 
@@ -77,11 +79,12 @@ class PaliGemma:
         prompt_tokens: int = 256,
         clip_frames: int = 1,
         prompt_column: str | None = None,
+        storage: dict[str, str] | None = None,
     ) -> None:
         self.prompt_column = prompt_column
         self.regions, self.route, self.max_tokens, self.clip_frames = regions, route, max_tokens, clip_frames
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
-        self.info = inspect(model, revision, adapter)
+        self.info = inspect(model, revision, adapter, Storage(storage or {}))
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
         automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
