@@ -296,10 +296,12 @@ def test_jsonl(tmp_path: Path) -> None:
 def test_faults_of_jsonl(tmp_path: Path) -> None:
     good = {"image": "a.jpg", "prefix": "ocr", "suffix": "x"}
     lines = [good, good | {"image": None}, good | {"suffix": []}, good | {"prefix": "answer en"}, [1]]
+    lines.append(good | {"prefix": "detect cat", "suffix": "<loc0001> cat"})
     text = "\n".join([*map(json.dumps, lines), '{"image": "a.jpg", "pre'])
     truth = reading(tmp_path, text, "q.jsonl")
     assert faults(truth) == {
-        "lines without a picture, a prompt or an answer": ["line 2", "line 3", "line 5", "line 6"],
+        "lines without a picture, a prompt or an answer": ["line 2", "line 3", "line 5", "line 7"],
+        "right answers to detect or segment in which no object can be read": ["line 6"],
         "prompts that PaliGemma does not take": ["line 4: 'answer en' lacks its rest: write answer LANG QUESTION"],
     }
     assert len(truth.samples) == 1
