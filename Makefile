@@ -40,9 +40,9 @@ load: bench-install
 bench-install: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) '.[$(EXTRA),dev,bench]'
 
-# The service's page in a browser. Debian: apt-get install chromium-headless-shell.
+# The pages in a browser, and evaluations of every kind. Debian: apt-get install chromium-headless-shell.
 browser: install
-	$(BIN)/python -m pytest -m slow tests/test_page.py
+	$(BIN)/python -m pytest -m slow tests/test_page.py tests/test_evaluate.py
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install

@@ -1,7 +1,8 @@
 """Tracks of ours and of ultralytics against the truth of made-up clips: `python -m benchmarks.tracking`.
 
 Each of ultralytics' trackers, with its own defaults and the demo's detector: once by `YOLO.track`, a video at a time,
-and once by our job over all videos at once, at the same precision and threshold. Both should have the same figures.
+and once by our job over all videos at once, at the same precision and threshold, with frames decoded in full. Both
+should have the same figures.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def _frame(boxes: Any) -> Frame:
 def by_job(folder: Path, out: Path, weights: Path, tracker: str) -> dict[str, Video]:
     command = [sys.executable, "-m", "jobs.annotate", folder, "--output", out, "--yolo", weights, "--track", tracker]
     done = subprocess.run(
-        [*map(str, command), "--precision", "fp32", "--conf", str(CONF)], capture_output=True, text=True
+        [*map(str, command), "--precision", "fp32", "--no-scaled-decode", "--conf", str(CONF)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"the job failed:\n{done.stderr[-3000:]}")

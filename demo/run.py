@@ -68,7 +68,7 @@ def _track(out: Path) -> int:
         return code
     found = tracks_of(results / "results")
     truth = {name: read_mot(clips / name / "gt" / "gt.txt", len(video)) for name, video in found.items()}
-    said = ", ".join(f"{name} {value:.3f}" for name, value in scores(truth, found).items())
+    said = ", ".join(f"{name} {value:.3g}" for name, value in scores(truth, found).items())
     print(f"Tracks against the truth of {CLIPS} clips: {said}")
     return show([str(results), "--page", str(out / "tracks.html")])
 

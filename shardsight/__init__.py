@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardsight.conversion import convert as convert
     from shardsight.errors import UsageError as UsageError
+    from shardsight.evaluation.run import Report as Report
+    from shardsight.evaluation.run import evaluate as evaluate
+    from shardsight.exporting import Exports as Exports
+    from shardsight.exporting import export as export
     from shardsight.job import Job as Job
     from shardsight.job import JobError as JobError
     from shardsight.job import annotate as annotate
@@ -20,9 +24,13 @@ if TYPE_CHECKING:
 _WHERE = {
     "annotate": "shardsight.job",
     "convert": "shardsight.conversion",
+    "evaluate": "shardsight.evaluation.run",
+    "Exports": "shardsight.exporting",
+    "export": "shardsight.exporting",
     "Job": "shardsight.job",
     "JobError": "shardsight.job",
     "PaliGemma": "shardsight.models.paligemma.model",
+    "Report": "shardsight.evaluation.run",
     "UsageError": "shardsight.errors",
     "Yolo": "shardsight.models.yolo.model",
     "load_results": "shardsight.job",

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from shardsight.errors import UsageError
@@ -10,19 +11,15 @@ from shardsight.errors import UsageError
 # The rest is imported by each command, in seconds during which an interrupt is already handled.
 
 COMMANDS = (
-    "Usage: shardsight annotate INPUT... --output PATH [--yolo PATH] [--paligemma PATH], shardsight show OUT, "
-    "or shardsight convert OUT --to FORMAT --output DIR; see also annotate --help, show --help and convert --help"
+    "Usage: shardsight COMMAND ..., where COMMAND is annotate, show, convert, evaluate or export; each has --help"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command == "annotate":
-        return annotate(rest, "shardsight annotate")
-    if command == "show":
-        return show(rest, "shardsight show")
-    if command == "convert":
-        return convert(rest, "shardsight convert")
+    commands = {"annotate": annotate, "show": show, "convert": convert, "evaluate": evaluate, "export": export}
+    if command in commands:
+        return commands[command](rest, f"shardsight {command}")
     if command in ("-h", "--help"):
         print(COMMANDS)
         return 0
@@ -38,11 +35,26 @@ def annotate(arguments: list[str] | None = None, command: str = "python -m jobs.
 
         print(help_text(command))
         return 0
+    return _interruptible(_annotate, arguments)
+
+
+def evaluate(arguments: list[str] | None = None, command: str = "python -m jobs.evaluate") -> int:
+    """Evaluate models as the command line says; returns the exit code of the contract: 0, 1, 2 or 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        from shardsight.evaluation.request import help_text
+
+        print(help_text(command))
+        return 0
+    return _interruptible(_evaluate, arguments)
+
+
+def _interruptible(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in before:  # what a scheduler sends first is an interrupt, too
         signal.signal(kind, _interrupt)
     try:
-        return _annotate(arguments)
+        return run(arguments)
     except KeyboardInterrupt:  # before there was a job
         return 130
     finally:
@@ -82,6 +94,37 @@ def _annotate(arguments: list[str]) -> int:
     if said:
         print(f"shardsight: {said}", file=sys.stderr)
     return code
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from shardsight import cluster
+    from shardsight.evaluation.request import Evaluation
+    from shardsight.evaluation.run import run
+    from shardsight.job import JobError, JobInterrupted
+    from shardsight.progress import Progress
+    from shardsight.settings import parse_as
+
+    alone = not cluster.joined()
+    try:
+        with Progress() as progress:
+            made = run(parse_as(Evaluation, arguments), progress, progress.console.print)
+    except (JobInterrupted, JobError) as error:
+        resumable = (
+            "" if isinstance(error, JobInterrupted) else "; nothing finished is lost, and the same command goes on"
+        )
+        print(f"shardsight: {error.job.out}: {error}{resumable}", file=sys.stderr)
+        return 130 if isinstance(error, JobInterrupted) else 1
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if alone:
+            cluster.leave()
+    made.print(Console(stderr=True))
+    print(made.page)
+    return 0
 
 
 def show(arguments: list[str] | None = None, command: str = "python -m jobs.show") -> int:
@@ -144,6 +187,94 @@ def _storage(pairs: list[str]) -> dict[str, str]:
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise UsageError(f"--storage {wrong[0]}: expected KEY=VALUE, as endpoint_url=http://localhost:9000")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+_EXPORT_EXAMPLES = """Examples:
+  {command} best.pt --format onnx,openvino --output exports
+  {command} best.pt --format openvino --precision fp32,int8 --data data.yaml --within 0.3 --output exports
+
+Nothing is downloaded or installed: what a format needs and this machine lacks is named. Exit codes: 0 done, 1 stopped
+by a fault, 2 the request is wrong, 3 done and some exports failed, 130 interrupted."""
+
+
+def export(arguments: list[str] | None = None, command: str = "python -m jobs.export") -> int:
+    """Export a YOLO as the command line says; returns the exit code of the contract: 0, 1, 2, 3 or 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def run(arguments: list[str]) -> int:
+        return _export(arguments, command)
+
+    return _interruptible(run, arguments)
+
+
+def _export(arguments: list[str], command: str) -> int:
+    from rich.console import Console
+
+    from shardsight import cluster
+    from shardsight.exporting import Request, run
+    from shardsight.job import JobError, JobInterrupted
+    from shardsight.sources import absolute
+
+    args = vars(_export_parser(command).parse_args(arguments))
+    alone, console = not cluster.joined(), Console(stderr=True)
+    options = {name: args.pop(name) for name in ("imgsz", "batch", "dynamic", "nms", "opset", "fraction")}
+    try:
+        data = args["data"] and absolute(args["data"])
+        several = {name: args[name].split(",") for name in ("formats", "precisions")}
+        paths = {name: absolute(args[name].rstrip("/")) for name in ("model", "output")}
+        storage = _storage(args["storage"])
+        given = {name: value for name, value in options.items() if value not in (None, False)}
+        made = run(Request(**args | several | paths | {"data": data, "storage": storage, "options": given}), console)
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
+    except (JobInterrupted, JobError) as error:
+        print(f"shardsight: {error}; the exports are there", file=sys.stderr)
+        return 130 if isinstance(error, JobInterrupted) else 1
+    finally:
+        if alone:
+            cluster.leave()
+    made.print(console)
+    print(made.page or made.out)
+    return 3 if made.failed else 0
+
+
+def _export_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description="A YOLO in other formats, and their speed and accuracy beside the original's.",
+        epilog=_EXPORT_EXAMPLES.format(command=command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="YOLOv8 weights (.pt), local or in a store")
+    add(
+        "--format",
+        dest="formats",
+        metavar="NAME,...",
+        required=True,
+        help="as ultralytics names them: onnx, openvino, …",
+    )
+    add("--precision", dest="precisions", metavar="NAME,...", default="", help="fp32, fp16, int8, w8a16, w8a32")
+    add("--output", metavar="DIR", required=True, help="an empty folder, or a prefix in a store")
+    add("--data", metavar="PATH", help="labelled pictures: calibrate int8, and compare all; or pictures to calibrate")
+    add("--within", metavar="POINTS", type=float, help="name the fastest export that loses no more than this")
+    add("--limit", metavar="N", type=int, help="compare on the first N pictures only")
+    add("--rounds", metavar="N", type=int, default=5, help="in which speed is measured; 5")
+    add("--imgsz", metavar="N or H,W", type=_imgsz, help="input size; the model's own by default")
+    add("--batch", metavar="N", type=int, help="pictures at once; with --dynamic, at most")
+    add("--dynamic", action="store_true", help="any input size")
+    add("--nms", action="store_true", help="with non-maximum suppression inside")
+    add("--opset", metavar="N", type=int, help="of ONNX")
+    add("--fraction", metavar="0..1", type=float, help="share of the calibration pictures")
+    add("--overwrite", action="store_true", help="delete earlier exports in DIR")
+    _add_storage(parser)
+    return parser
+
+
+def _imgsz(text: str) -> int | list[int]:
+    sides = [int(side) for side in text.split(",")]
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _interrupt(*_: Any) -> None:

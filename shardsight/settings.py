@@ -4,7 +4,7 @@ import argparse
 import os
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -32,71 +32,43 @@ _FREE = {
 }  # fmt: skip
 # Settings that change rows only where there is such a model, or where there are several PaliGemmas.
 _OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "track", "track_config"}
-_OF_PALIGEMMA = {"revision", "adapter", "prompt", "on", "max_tokens", "clip_frames", "clip_seconds"}
+_OF_PALIGEMMA = {"revision", "adapter", "prompt", "prompt_column", "on", "max_tokens", "clip_frames", "clip_seconds"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
-_SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
+SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
 _KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
 Class = Annotated[int, Field(ge=0, lt=2**31)]
+Request = TypeVar("Request", bound="Options")
 
 
-class Models(BaseSettings):
-    """Settings of the job and the service alike: the models, and how they process a picture."""
+class Options(BaseSettings):
+    """Settings of job, service and evaluation alike: how models process a picture."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
-    yolo: str | None = Field(
-        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …"
-    )
     conf: float | None = Field(
         None, ge=0, le=1, description="least score of a detection; 0.25, or 0.1 with --track, as in ultralytics"
     )
     iou: float = Field(0.7, ge=0, le=1, description="overlap above which the weaker of two detections is dropped")
     max_det: int = Field(300, ge=1, description="most detections of a picture")
-    classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
     imgsz: int | list[int] | None = Field(None, description="input size, N or HEIGHT,WIDTH; the model's own by default")
     paligemma: list[str] = Field(
         [],
-        description="a PaliGemma 1 or 2: a folder, or its name on Hugging Face's hub; repeat it for other resolutions",
-    )
-    resolution: str = Field(
-        "auto",
-        description="of several --paligemma: auto asks the lowest in which nothing is small, N the one of N pixels",
-    )
-    small_box: float = Field(
-        16, ge=0, description="auto: a picture with a box of fewer pixels of the model's input goes to a larger model"
-    )
-    lost_detail: float = Field(
-        0.08, ge=0, le=1, description="auto: a picture that loses more contrast than this goes to a larger model"
+        description="a PaliGemma 1 or 2: a folder, local or in a store, or its name on Hugging Face's hub; repeat it "
+        "for other resolutions",
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    adapter: str | None = Field(None, description="folder of a LoRA adapter, as peft saves it")
     prompt: list[str] = Field(
         [],
         description="what PaliGemma is asked, repeatable: 'caption en' (by default), 'ocr', 'answer en QUESTION', "
         "'detect a ; b', 'segment a'",
     )
-    on: Literal["image", "regions"] = Field(
-        "image", description="PaliGemma sees the whole picture, or the crop of each of YOLO's detections"
-    )
-    clip_frames: int | None = Field(
-        None, ge=2, description="PaliGemma is asked about so many frames of a video together, of each --clip-seconds"
-    )
-    clip_seconds: float | None = Field(None, gt=0, description="length of a clip, see --clip-frames")
-    fps: float | None = Field(None, gt=0, description="frames per second of a video; all of its frames by default")
-    every: int | None = Field(None, ge=1, description="each Nth frame of a video")
-    keyframes: CliToggleFlag[bool] = Field(False, description="the keyframes of a video")
-    track: str | None = Field(
-        None, description=f"keep identities through a video: {', '.join(TRACKERS)}; botsort if none is named"
-    )
-    track_config: str | dict[str, Any] | None = Field(
-        None, description="YAML with settings of the tracker, as ultralytics has it"
-    )
     max_tokens: int = Field(256, ge=1, description="most tokens of an answer")
     scaled_decode: CliImplicitFlag[bool] = Field(
         True, description="decode JPEGs and videos no larger than the models need"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto",
+        description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32; exports have their own",
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
     storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")
@@ -107,26 +79,13 @@ class Models(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
 
-    @field_validator("yolo", "adapter")
-    @classmethod
-    def _path(cls, value: str | None) -> str | None:
-        """Absolute, so that job.json can be used from any folder."""
-        return value and absolute(value)
-
     @field_validator("paligemma")
     @classmethod
     def _paligemma(cls, value: list[str]) -> list[str]:
         """Folders, or names on the hub as they are."""
         return [absolute(one) if os.path.exists(os.path.expanduser(one)) else one for one in value]
 
-    @field_validator("resolution")
-    @classmethod
-    def _resolution(cls, value: str) -> str:
-        if value != "auto" and not value.isdecimal():
-            raise ValueError("expected auto or a number of pixels")
-        return value
-
-    @field_validator("classes", "imgsz", mode="before")
+    @field_validator("classes", "imgsz", mode="before", check_fields=False)
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         """`0,2`, `[0, 2]` and a repeated flag are lists; one number for imgsz is a number."""
@@ -156,6 +115,55 @@ class Models(BaseSettings):
         return [Prompt.of(text).text for text in value]
 
 
+class Models(Options):
+    """Settings of the job and the service alike: the models, and how they process pictures and videos."""
+
+    yolo: str | None = Field(
+        None, description="YOLOv8 weights (.pt), or an export: .onnx, _openvino_model/, .engine, …; local or in a store"
+    )
+    classes: list[Class] | None = Field(None, description="class ids to keep, as 0,2,5; all by default")
+    resolution: str = Field(
+        "auto",
+        description="of several --paligemma: auto asks the lowest in which nothing is small, N the one of N pixels",
+    )
+    small_box: float = Field(
+        16, ge=0, description="auto: a picture with a box of fewer pixels of the model's input goes to a larger model"
+    )
+    lost_detail: float = Field(
+        0.08, ge=0, le=1, description="auto: a picture that loses more contrast than this goes to a larger model"
+    )
+    adapter: str | None = Field(None, description="folder of a LoRA adapter, as peft saves it")
+    on: Literal["image", "regions"] = Field(
+        "image", description="PaliGemma sees the whole picture, or the crop of each of YOLO's detections"
+    )
+    clip_frames: int | None = Field(
+        None, ge=2, description="PaliGemma is asked about so many frames of a video together, of each --clip-seconds"
+    )
+    clip_seconds: float | None = Field(None, gt=0, description="length of a clip, see --clip-frames")
+    fps: float | None = Field(None, gt=0, description="frames per second of a video; all of its frames by default")
+    every: int | None = Field(None, ge=1, description="each Nth frame of a video")
+    keyframes: CliToggleFlag[bool] = Field(False, description="the keyframes of a video")
+    track: str | None = Field(
+        None, description=f"keep identities through a video: {', '.join(TRACKERS)}; botsort if none is named"
+    )
+    track_config: str | dict[str, Any] | None = Field(
+        None, description="YAML with settings of the tracker, as ultralytics has it"
+    )
+
+    @field_validator("yolo", "adapter")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        """Absolute, so that job.json can be used from any folder."""
+        return value and absolute(value)
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolution(cls, value: str) -> str:
+        if value != "auto" and not value.isdecimal():
+            raise ValueError("expected auto or a number of pixels")
+        return value
+
+
 class Settings(Models):
     """Annotate pictures with YOLOv8, PaliGemma or both, and write Parquet, each input exactly once."""
 
@@ -171,6 +179,9 @@ class Settings(Models):
     paligemma_actors: str | None = Field(None, description="the same for PaliGemma")
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
     rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
+    prompt_column: str | None = Field(
+        None, description="column of Parquet with a text, or a list of them, that each row's picture is asked about"
+    )
     image_column: str | None = Field(None, description="column of encoded pictures in Parquet; found by default")
     uri_column: str | None = Field(None, description="column of paths or uris, in Parquet and in .csv or .jsonl lists")
     keep_images: CliToggleFlag[bool] = Field(
@@ -201,9 +212,9 @@ class Settings(Models):
     def _a_model(self) -> Self:
         if not self.inputs:
             raise ValueError("no input: give files, folders, globs or prefixes")
-        for name in ("prompt", "revision", "adapter"):
+        for name in ("prompt", "prompt_column", "revision", "adapter"):
             if getattr(self, name) and not self.paligemma:
-                raise ValueError(f"--{name} needs a model to ask: give --paligemma MODEL")
+                raise ValueError(f"--{name.replace('_', '-')} needs a model to ask: give --paligemma MODEL")
         if not (self.yolo or self.paligemma):
             raise ValueError("no model: give --yolo MODEL, --paligemma MODEL or both")
         if self.on == "regions" and not (self.yolo and self.paligemma):
@@ -211,6 +222,8 @@ class Settings(Models):
         self._check_video()
         if self.adapter and len(self.paligemma) > 1:
             raise ValueError(f"--adapter belongs to one model: give one --paligemma, not {len(self.paligemma)}")
+        if self.on == "regions" and self.prompt_column:
+            raise ValueError("--on regions takes its prompt from --prompt: leave --prompt-column out")
         if self.on == "regions" and len(self.prompt) > 1:
             raise ValueError(f"--on regions takes one --prompt, as a detection has one text, not {len(self.prompt)}")
         if self.paligemma and not self.prompt:
@@ -257,7 +270,7 @@ class Settings(Models):
     def record(self) -> dict[str, Any]:
         """Every setting, for job.json; secrets are left out."""
         values = self.model_dump(exclude={"overwrite", "retry_errors", "config", "verbose"})
-        values["storage"] = {name: value for name, value in self.storage.items() if name not in _SECRET}
+        values["storage"] = {name: value for name, value in self.storage.items() if name not in SECRET}
         return values
 
 
@@ -267,12 +280,17 @@ def _split(entry: Any) -> list[str]:
 
 def parse(arguments: list[str]) -> Settings:
     """Command line, over `--config`, over defaults. Raises UsageError."""
+    return parse_as(Settings, arguments)
+
+
+def parse_as(kind: type[Request], arguments: list[str]) -> Request:
+    """The settings of any command, likewise."""
     verbatim: dict[str, list[str]] = {}
 
     def parse_args(parser: Any, arguments: list[str]) -> Any:
         """Inputs before, between and after flags; and word for word, as pydantic-settings splits at commas."""
         parsed = parser.parse_intermixed_args(arguments)
-        for name in ("inputs", "prompt", "paligemma"):
+        for name in _texts(kind):
             value = vars(parsed).pop(name, None)
             if isinstance(value, list) and value:
                 verbatim[name] = value
@@ -284,9 +302,10 @@ def parse(arguments: list[str]) -> Settings:
     try:
         values = _config(arguments)
         source: Any = CliSettingsSource(
-            Settings, cli_parse_args=arguments, cli_exit_on_error=False, parse_args_method=parse_args
+            kind, cli_parse_args=arguments, cli_exit_on_error=False, parse_args_method=parse_args
         )
-        return Settings(_cli_settings_source=source, **(values | verbatim))  # type: ignore[call-arg]
+        given: dict[str, Any] = {"_cli_settings_source": source, **values, **verbatim}
+        return kind(**given)
     except ValidationError as error:
         raise UsageError(_sentence(error)) from None
     except SettingsError as error:
@@ -295,15 +314,26 @@ def parse(arguments: list[str]) -> Settings:
 
 def settings(**options: Any) -> Settings:
     """The settings of a job as a program names them. Raises UsageError."""
-    given = {name: [str(one) for one in value] if name == "inputs" else value for name, value in options.items()}
-    given |= {name: str(value) for name, value in options.items() if isinstance(value, os.PathLike)}
-    for name in ("prompt", "paligemma"):
-        if isinstance(given.get(name), (str, os.PathLike)):
-            given[name] = [str(given[name])]
+    return settings_as(Settings, **options)
+
+
+def settings_as(kind: type[Request], **options: Any) -> Request:
+    """The settings of any command, likewise."""
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, os.PathLike) else value for name, value in options.items()
+    }
+    for name in _texts(kind) & given.keys():
+        value = given[name]
+        given[name] = [value] if isinstance(value, str) else [str(one) for one in value]
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        return kind(**given)
     except ValidationError as error:
         raise UsageError(_sentence(error, flag="")) from None
+
+
+def _texts(kind: type[Options]) -> set[str]:
+    """The settings that are lists of texts, which may hold commas."""
+    return {name for name, field in kind.model_fields.items() if field.annotation == list[str]}
 
 
 def _config(arguments: list[str]) -> dict[str, Any]:
@@ -355,6 +385,7 @@ _HELP = {
     },
     "PaliGemma": {
         **{"paligemma": "PATH or NAME", "prompt": "TEXT", "on": "image|regions", "max_tokens": "N", "adapter": "PATH"},
+        **{"prompt_column": "NAME"},
         **{"revision": "NAME", "resolution": "auto|N", "small_box": "PIXELS", "lost_detail": "0..1"},
     },
     "Video": {
@@ -362,7 +393,7 @@ _HELP = {
         **{"clip_frames": "N", "clip_seconds": "S"},
     },
     "Speed": {
-        **{"precision": "auto|fp32|bf16|fp16", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
+        **{"precision": "auto|fp32|bf16|fp16|int8", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
         **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
     },
     "The job": {
@@ -380,15 +411,20 @@ The same command goes on where an interrupted one stopped. Exit codes: 0 done, 1
 request is wrong, 3 done with more errors than --max-error-rate, 130 interrupted and resumable."""
 
 
-def help_text(command: str, width: int = 100) -> str:
+def help_text(command: str) -> str:
     """What `command --help` prints."""
-    lines = [f"Usage: {command} INPUT... --output PATH [--yolo PATH] [--paligemma PATH --prompt TEXT]", ""]
-    lines += [*textwrap.wrap(Settings.__doc__ or "", width), ""]
+    usage = f"{command} INPUT... --output PATH [--yolo PATH] [--paligemma PATH --prompt TEXT]"
+    return help_of(Settings, _HELP, usage, _EXAMPLES.format(command=command))
+
+
+def help_of(kind: type[Options], groups: dict[str, dict[str, str]], usage: str, end: str, width: int = 100) -> str:
+    """The help of a command with the settings `kind`. groups: as _HELP. end: stands after them."""
+    lines = [f"Usage: {usage}", "", *textwrap.wrap(kind.__doc__ or "", width), ""]
     indent = " " * 30
-    for group, names in _HELP.items():
+    for group, names in groups.items():
         lines.append(f"{group}:")
         for name, value in names.items():
-            field = Settings.model_fields[name]
+            field = kind.model_fields[name]
             default = field.get_default(call_default_factory=True) if not field.is_required() else None
             flag = "--" + name.replace("_", "-")
             if default is True:
@@ -401,4 +437,4 @@ def help_text(command: str, width: int = 100) -> str:
             lines += [left] if len(left) >= len(indent) - 1 else [f"{left:{len(indent)}}{text.pop(0)}"]
             lines += [indent + line for line in text]
         lines.append("")
-    return "\n".join([*lines, _EXAMPLES.format(command=command)])
+    return "\n".join([*lines, end])

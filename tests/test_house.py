@@ -21,6 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 OWNERS = {
     "ray": (
         *(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "isolate", "tracking", "writing")),
+        "shardsight.evaluation.speed",
         "serve",
     ),
     "ultralytics": ("shardsight.models.yolo", "demo"),

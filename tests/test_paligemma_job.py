@@ -1,18 +1,21 @@
 """Both models in one pass of the job; and PaliGemma on the crops of YOLO's detections."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shardsight.decode.pictures import decode
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo.model import Yolo
 from tests.clips import decoded, encode
-from tests.conftest import job_of, rows_of
+from tests.conftest import S3, WEIGHTS, job_of, rows_of
 from tests.small_paligemma import IMAGE_SIZE, Reference, make
 from tests.test_yolo import annotated
 
@@ -139,3 +142,42 @@ def test_clips_of_a_video(tmp_path: Path, jpegs: list[bytes], small: Path, annot
     for index in (0, 20):
         answer = rows[index]["answers"][0]
         assert answer["text"] == said(reference, [seen[number] for number in answer["frames"]], "ocr")
+
+
+def test_each_picture_is_asked_its_own(tmp_path: Path, folder: Path, small: Path, annotate: Annotate) -> None:
+    """A labelled set asks each picture another question; a row without one is asked what all are, and a prompt that
+    PaliGemma does not take costs its own row."""
+    asked: list[Any] = ["answer en how many?", ["ocr", "caption en"], None, "detect"]
+    table = pa.table({"image": [f"{folder}/{n}.jpg" for n in range(4)], "asked": [pa_text(one) for one in asked]})
+    pq.write_table(table, tmp_path / "asked.parquet")
+    options = ("--uri-column", "image", "--prompt-column", "asked", "--prompt", "caption de", "--max-error-rate", 1)
+    exact = ("--precision", "fp32", "--no-scaled-decode", "--max-tokens", TOKENS)
+    code, text = annotate(
+        tmp_path / "asked.parquet", "--output", tmp_path / "out", "--paligemma", small, *options, *exact
+    )
+    assert code == 0, text
+    rows = {row["uri"].rpartition("/")[2]: row for row in rows_of(tmp_path / "out")}
+    reference = Reference(small)
+    for name, prompts in [("0.jpg", asked[0:1]), ("1.jpg", asked[1]), ("2.jpg", ["caption de"])]:
+        frame, _, _ = decode((folder / name).read_bytes())
+        assert [(one["prompt"], one["text"]) for one in rows[name]["answers"]] == [
+            (prompt, said(reference, frame, prompt)) for prompt in prompts
+        ]
+    assert rows["3.jpg"]["answers"] is None and rows["3.jpg"]["error"]["type"] == "PromptError"
+
+
+def pa_text(asked: Any) -> list[str] | None:
+    return [asked] if isinstance(asked, str) else asked
+
+
+def test_a_model_in_a_store(annotate: Any, s3: S3, jpegs: list[bytes], tmp_path: Path) -> None:
+    """`--paligemma s3://…` is fetched, and gives the same answers as the folder itself."""
+    shutil.copytree(WEIGHTS / "paligemma", s3.bucket("models") / "paligemma", dirs_exist_ok=True)
+    (tmp_path / "one.jpg").write_bytes(jpegs[0])
+    answers = []
+    for number, model in enumerate((WEIGHTS / "paligemma", "s3://models/paligemma")):
+        out = tmp_path / f"out{number}"
+        code, said = annotate(tmp_path / "one.jpg", "--output", out, "--paligemma", model, *s3.options())
+        assert code == 0, said
+        answers.append(rows_of(out)[0]["answers"])
+    assert answers[0] == answers[1] and answers[0][0]["text"]

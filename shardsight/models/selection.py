@@ -1,5 +1,6 @@
 """The models that the settings select: what each is, the arguments for its class, and how to decode for them all."""
 
+from dataclasses import replace
 from typing import Any
 
 from shardsight.decode.frames import BYTES, TRACKED_BYTES, Clips, Input, Largest, Load
@@ -11,8 +12,8 @@ from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo import info as yolo
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.trackers import needs_pixels, tracker_settings
-from shardsight.settings import Models
-from shardsight.storage import Storage
+from shardsight.settings import Models, Settings
+from shardsight.storage import Storage, is_remote
 
 ModelInfos = dict[str, YoloInfo | PaliGemmaInfo]  # by name: `yolo`, `paligemma`, `paligemma 448`
 
@@ -21,12 +22,18 @@ def inspect(settings: Models) -> ModelInfos:
     """What each model is, in the order in which pictures pass through them. Raises ModelError, UsageError."""
     models: ModelInfos = {}
     if settings.yolo:
-        models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz)
+        models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz, Storage(settings.storage))
         if settings.track and info.task == "classify":
             raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
+        if settings.precision == "int8" and info.path.endswith(".pt"):
+            command = f"jobs.export {info.path} --format openvino --precision int8 --data PICTURES --output DIR"
+            raise UsageError(f"--precision int8 takes calibrated weights: give --yolo what {command} writes")
     resolutions: dict[int, PaliGemmaInfo] = {}
+    if settings.precision == "int8" and settings.paligemma:
+        raise UsageError("--precision int8: PaliGemma is computed in fp32, bf16 or fp16; choose one of them")
     for path in settings.paligemma:
-        asked = paligemma.inspect(path, settings.revision, settings.adapter)
+        asked = paligemma.inspect(path, settings.revision, settings.adapter, Storage(settings.storage))
+        asked = replace(asked, path=path) if is_remote(path) else asked
         size = asked.input.size
         if size in resolutions:
             raise UsageError(f"{resolutions[size].path} and {path} both see {size} pixels: give one of them")
@@ -53,6 +60,8 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
             found[name] = yolo.arguments(settings, model)
             continue
         found[name] = paligemma.arguments(settings, model)
+        if isinstance(settings, Settings):
+            found[name]["prompt_column"] = settings.prompt_column
         if len(sizes) > 1:
             found[name]["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
     return found

@@ -73,7 +73,7 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
     chosen = list(_chosen(files, count, storage))
     side = SIDE if count <= MANY else SMALL_SIDE
     stills = [row for row in chosen if row["frame_index"] is None]
-    seen = _pictures(stills, storage, side, job["configuration"].get("image_column"))
+    seen = thumbnails(stills, storage, side, job["configuration"].get("image_column"))
     videos = Videos([row for row in chosen if row["frame_index"] is not None], counts.videos, job, storage).items()
     items = [
         {**seen[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]}
@@ -222,7 +222,7 @@ def _chosen(files: list[tuple[str, np.ndarray]], count: int, storage: Storage) -
                 first += len(batch)
 
 
-def _pictures(
+def thumbnails(
     rows: list[dict[str, Any]], storage: Storage, side: int, image_column: str | None
 ) -> dict[str, dict[str, str | None]]:
     """Row's id → its `picture`, or the `problem` with it. Each tar and Parquet file is read once."""

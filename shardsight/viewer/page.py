@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from pydantic_core import to_json
 
-_SCRIPTS = ("picture.js", "player.js", "viewer.js", "report.js")  # each uses those before it
+_SCRIPTS = ("picture.js", "player.js", "viewer.js", "report.js")
 _IMPORT = re.compile(r'^import \{[^}]*\} from "[^"]+";\n', re.MULTILINE)
 # Nothing is loaded from elsewhere, even if a label or an answer should become markup.
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -33,8 +33,15 @@ def page(data: Mapping[str, Any]) -> str:
             the items.
         note: a sentence above the pictures.
     """
+    return document(data, _SCRIPTS, ("viewer.css",), "report")
+
+
+def document(data: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str], start: str) -> str:
+    """A self-contained page: scripts and styles of this folder, and `start`, one of their functions, called with the
+    data. Each script uses those before it, and no two have a name in common."""
     source = files(__package__)
-    script = "\n".join(_IMPORT.sub("", source.joinpath(name).read_text("utf-8")) for name in _SCRIPTS)
+    script = "\n".join(_IMPORT.sub("", source.joinpath(name).read_text("utf-8")) for name in scripts)
+    style = "\n".join(source.joinpath(name).read_text("utf-8") for name in styles)
     # "<" could end the script element, or begin a comment that hides its end.
     rows = to_json(data, inf_nan_mode="null", bytes_mode="base64").decode().replace("<", "\\u003c")
     return f"""<!doctype html>
@@ -42,12 +49,12 @@ def page(data: Mapping[str, Any]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="color-scheme" content="light dark"><title>{html.escape(data["title"])}</title>
 <style>
-{source.joinpath("viewer.css").read_text("utf-8")}</style></head><body>
+{style}</style></head><body>
 <noscript>This page draws its pictures with JavaScript: allow it.</noscript>
 <script type="application/json" id="data">{rows}</script>
 <script type="module">
 {script}
-report(JSON.parse(document.getElementById("data").textContent));
+{start}(JSON.parse(document.getElementById("data").textContent));
 </script></body></html>
 """
 

@@ -63,9 +63,11 @@ export const markColour = (one) => (one.track_id == null ? colourOf(labelOf(one)
 
 // --- Rows
 
-/** What each model found, apart: YOLO's detections, and those of each PaliGemma answer. [{key, name, found}] */
+/** What each model found, apart: YOLO's detections, and those of each PaliGemma answer; and of a labelled set its truth,
+ *  `row.truth`. [{key, name, found}] */
 export function layersOf(row) {
-  const layers = row?.detections ? [{ key: "detections", name: "YOLO", found: row.detections }] : [];
+  const layers = row?.truth ? [{ key: "truth", name: "truth", found: row.truth }] : [];
+  if (row?.detections) layers.push({ key: "detections", name: "YOLO", found: row.detections });
   for (const answer of row?.answers ?? []) {
     if (answer.detections?.length || /^(detect|segment)\b/.test(answer.prompt)) {
       layers.push({ key: `answer ${answer.prompt}`, name: answer.prompt, found: answer.detections ?? [] });

@@ -243,8 +243,11 @@ def test_endless_bodies(service: Service) -> None:
         except OSError:
             pass  # it no longer listens
         assert sent < 128 << 20
-    refused = httpx.post(service.url + "/v1/annotate", content=bytes(5 << 20), timeout=3 * DEADLINE)
-    assert refused.status_code == 413
+    for kind, size in (("image/jpeg", 5 << 20), ("video/mp4", 70 << 20)):
+        refused = httpx.post(
+            service.url + "/v1/annotate", content=bytes(size), headers={"content-type": kind}, timeout=3 * DEADLINE
+        )
+        assert refused.status_code == 413, kind
 
 
 def test_nothing_is_fetched(service: Service, listener: Listener, store: Listener) -> None:

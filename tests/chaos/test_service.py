@@ -30,12 +30,14 @@ def inputs(jpegs: list[bytes]) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def rows(inputs: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the job says of them, by name. Before the service takes its share of two cores."""
+    """What the job says of them, by name. Before the service takes its share of two cores. In fp32: in bf16 a token of
+    an endless answer about noise depends on what else is in the batch."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "in").mkdir()
     for name, data in inputs:
         (folder / "in" / name).write_bytes(data)
     models = ["--yolo", WEIGHTS / "detect.pt", "--paligemma", WEIGHTS / "paligemma", "--max-error-rate", 1]
+    models += ["--precision", "fp32"]
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     job = start_job(folder / "in", "--output", folder / "out", *models, *asked)
     said = job.communicate(timeout=300)[1]
@@ -104,7 +106,7 @@ def test_an_update_under_load(service: Service, jpegs: list[bytes]) -> None:
 
 def test_same_row_of_300_pictures(service: Service, inputs: list[tuple[str, bytes]], rows: dict[str, Any]) -> None:
     """Scenes, photographs, odd formats and broken files: the endpoint's rows are the job's, errors included."""
-    service.deploy()
+    service.deploy(precision="fp32")
     service.wait_until_running()
 
     def over_http(one: tuple[str, bytes]) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def test_same_row_of_300_pictures(service: Service, inputs: list[tuple[str, byte
     assert len(served) == len(rows) == len(inputs) == 300
     assert sum(row["error"] is not None for row in served) > 20
     for (name, _), row in zip(inputs, served, strict=True):
-        assert_alike(row, rows[name] | {"id": row["id"], "uri": row["uri"]}, off=0.02)  # in bf16, whose steps are 0.4 %
+        assert_alike(row, rows[name] | {"id": row["id"], "uri": row["uri"]}, off=1e-4)
 
 
 def _three_hundred(jpegs: list[bytes]) -> list[tuple[str, bytes]]:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError, sha256_of
+from shardsight.models.staging import stage
 from shardsight.settings import Models
+from shardsight.storage import Storage, is_remote
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of the LoRA kernels in vLLM
@@ -88,8 +90,16 @@ def locate(model: str, revision: str | None = None) -> str:
         raise ModelError(f"there is no folder {model}, and the hub does not give it: {first}") from error
 
 
-def inspect(model: str, revision: str | None = None, adapter: str | None = None) -> PaliGemmaInfo:
-    """Read a folder's JSON and the headers of its weights. adapter: folder of a LoRA. Raises ModelError."""
+def inspect(
+    model: str, revision: str | None = None, adapter: str | None = None, storage: Storage | None = None
+) -> PaliGemmaInfo:
+    """Read a folder's JSON and the headers of its weights. adapter: folder of a LoRA. Raises ModelError.
+
+    storage: of a model or an adapter in a store, of which a copy is read.
+    """
+    store = storage or Storage()
+    model = str(stage(model, store)) if is_remote(model) else model
+    adapter = str(stage(adapter, store)) if adapter and is_remote(adapter) else adapter
     folder = locate(model, revision)
     if adapter and not Path(adapter).is_dir():
         raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
@@ -101,7 +111,8 @@ def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
     """Of the class PaliGemma."""
     own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
     own |= {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
-    return own | {"clip_frames": settings.clip_frames or 1}
+    storage = {"storage": settings.storage} if is_remote(info.path) or is_remote(settings.adapter or "") else {}
+    return own | {"clip_frames": settings.clip_frames or 1} | storage
 
 
 @lru_cache

@@ -10,6 +10,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,10 +27,11 @@ from shardsight.models.info import ModelDied, computes_bf16
 from shardsight.models.paligemma.answers import Answers, Generated
 from shardsight.models.paligemma.engine import Engine, Limits, Request
 from shardsight.models.paligemma.info import inspect, request_length
-from shardsight.models.paligemma.prompts import Prompt, Sampling
+from shardsight.models.paligemma.prompts import Prompt, PromptError, Sampling
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.row import Failure, clips_of, frames_of
+from shardsight.storage import Storage
 
 GREEDY = Sampling()
 
@@ -50,11 +52,13 @@ class Asked:
 class PaliGemma:
     """One PaliGemma 1 or 2. Calls from several threads share its batches.
 
-    model: a folder, or a name on the hub, of `revision`. prompts: about each picture; with `regions`, about the crop of
-    each of its detections. route: selects pictures; all by default. max_tokens, prompt_tokens: of an answer and of a
-    prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in it, else fp32), fp32, bf16 or fp16.
-    adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory, threads: see Limits. clip_frames: pictures
-    in one prompt, at most; above 1, of a video only rows with a `clip` are asked about, all of its frames together.
+    model: a folder, a prefix in a store, or a name on the hub, of `revision`. prompts: about each picture; with
+    `regions`, about the crop of each of its detections. route: selects pictures; all by default. max_tokens,
+    prompt_tokens: of an answer and of a prompt, at most. precision: auto (fp16 on CUDA, bf16 on a CPU that computes in
+    it, else fp32), fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory,
+    threads: see Limits. clip_frames: pictures in one prompt, at most; above 1, of a video only rows with a `clip` are
+    asked about, all of its frames together. prompt_column: of the rows' `metadata`, with a text or a list of them to
+    ask instead of `prompts`. storage: options of the model's store, as for the job.
     Raises ModelError, PromptError.
     """
 
@@ -74,10 +78,13 @@ class PaliGemma:
         threads: int | None = None,
         prompt_tokens: int = 256,
         clip_frames: int = 1,
+        prompt_column: str | None = None,
+        storage: dict[str, str] | None = None,
     ) -> None:
+        self.prompt_column = prompt_column
         self.regions, self.route, self.max_tokens, self.clip_frames = regions, route, max_tokens, clip_frames
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
-        self.info = inspect(model, revision, adapter)
+        self.info = inspect(model, revision, adapter, Storage(storage or {}))
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
         automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
@@ -114,6 +121,7 @@ class PaliGemma:
         detections. A clip is routed by its first frame."""
         detections = table["detections"].to_pylist()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        metadata = table["metadata"].to_pylist()
         asked = Asked(table, table["answers"].to_pylist(), detections, [], {}, Stopwatch.now())
         for index, frames, numbers in self._subjects(table):
             boxes = detections[index] or []
@@ -127,11 +135,24 @@ class PaliGemma:
                 subjects, asked.answers[index] = [(None, frames)], []
             if numbers:
                 asked.clips[index] = numbers
+            try:
+                own = self._prompts_of(metadata[index]) or prompts
+            except PromptError as error:
+                asked.questions.append((index, None, Prompt(""), _refused(Failure.of(error))))
+                continue
             for region, pictures in subjects:
-                for prompt in prompts:
+                for prompt in own:
                     future = self.ask(pictures, prompt, Sampling(max_tokens))
                     asked.questions.append((index, region, prompt, future))
         return asked
+
+    def _prompts_of(self, metadata: str | None) -> list[Prompt]:
+        """What a row's own column asks. Raises PromptError."""
+        if not self.prompt_column or not metadata:
+            return []
+        value = json.loads(metadata).get(self.prompt_column)
+        texts = value if isinstance(value, list) else [value]
+        return [Prompt.of(str(text)) for text in texts if text is not None]
 
     def _subjects(self, table: pa.Table) -> Iterator[tuple[int, list[np.ndarray], list[int] | None]]:
         """(row's index, frames to be asked about together, frame_index of each; None of a single picture)."""
@@ -176,9 +197,7 @@ class PaliGemma:
         try:
             ids = self.encode(prompt.text)
         except Failure as failure:
-            refused: Future[Generated] = Future()
-            refused.set_exception(failure)
-            return refused
+            return _refused(failure)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens or self.max_tokens, self.max_tokens))
         cut = functools.partial(self.reader.cut, stop=sampling.stop) if sampling.stop else None
         return self.engine.submit(Request(frames, ids, sampling, listener, cut))
@@ -190,6 +209,12 @@ class PaliGemma:
             found = f"the prompt takes {len(ids)} tokens, and at most {self.max_prompt_tokens} fit"
             raise Failure("PromptTooLong", found)
         return ids
+
+
+def _refused(failure: Failure) -> "Future[Generated]":
+    refused: Future[Generated] = Future()
+    refused.set_exception(failure)
+    return refused
 
 
 def _crop(frame: np.ndarray, box: dict[str, Any]) -> np.ndarray:

@@ -8,14 +8,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from shardsight.models.info import ModelError, sha256_of
+from shardsight.models.staging import stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
+from shardsight.storage import Storage, is_remote
 
 # Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
 _COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
@@ -37,8 +39,13 @@ class YoloInfo:
     sha256: str
 
 
-def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
-    """Raises ModelError. Takes seconds for the first call, and again after a file of the model has changed."""
+def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | None = None) -> YoloInfo:
+    """Raises ModelError. Takes seconds for the first call, and again after a file of the model has changed.
+
+    storage: of a model in a store, of which a copy is inspected.
+    """
+    if is_remote(path):
+        return replace(inspect(str(stage(path, storage or Storage())), imgsz), path=path)
     if not Path(path).exists():
         raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
     state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(path)).values())
@@ -48,7 +55,8 @@ def inspect(path: str, imgsz: int | list[int] | None = None) -> YoloInfo:
 def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
-    return {"model": info.path} | {name: getattr(settings, name) for name in names}
+    storage = {"storage": settings.storage} if is_remote(info.path) else {}
+    return {"model": info.path} | {name: getattr(settings, name) for name in names} | storage
 
 
 @lru_cache

@@ -55,6 +55,12 @@ def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
     predictor = yolo._smart_load("predictor")(overrides={**yolo.overrides, **fixed, **settings})
     predictor.setup_model(model=yolo.model, verbose=False)
     predictor.setup_source([np.zeros((64, 64, 3), np.uint8)])
+    if (
+        path.suffix.lower() != ".pt" and "task" not in metadata
+    ):  # ultralytics would guess the task and number the classes
+        raise ModelError(
+            f"{path} lacks its metadata, which says its task and classes: export it again with ultralytics"
+        )
     return predictor
 
 

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from shardsight.models.info import ModelDied, ModelError, computes_bf16
+from shardsight.models.staging import stage
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
 from shardsight.models.yolo.track import Found, Tracking
 from shardsight.row import Failure, frames_of
+from shardsight.storage import Storage, is_remote
 
 if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
@@ -29,11 +31,11 @@ Item = tuple[int, np.ndarray, Placement]  # (row in the table, frame, where it l
 class Yolo:
     """One YOLO for detect, segment, classify, pose or obb, as weights or as an export that ultralytics opens.
 
-    model: path of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults to the
-    model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64 on a
-    GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through each
-    video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. Raises ModelError
-    and UsageError.
+    model: path or uri of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults
+    to the model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64
+    on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
+    each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. storage:
+    options of the model's store, as for the job. Raises ModelError and UsageError.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class Yolo:
         threads: int | None = None,
         track: str | None = None,
         track_config: dict[str, Any] | None = None,
+        storage: dict[str, str] | None = None,
     ) -> None:
+        if is_remote(model):
+            model = str(stage(model, Storage(storage or {})))
         if not Path(model).exists():  # ultralytics would try to download it
             raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
         if threads:

@@ -1,0 +1,45 @@
+"""Models that lie in object storage, as local copies."""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from shardsight.models.info import ModelError
+from shardsight.row import version_of
+from shardsight.storage import Entry, Storage, StorageError, explain
+
+
+def stage(uri: str, storage: Storage) -> Path:
+    """A model's file, or folder, of a store as a local copy, which is fetched once for each version of its objects.
+
+    Safe when several processes start at once: a copy appears whole. Raises ModelError.
+    """
+    uri = uri.rstrip("/")
+    try:
+        single = storage.exists(uri)
+        entries = [storage.info(uri)] if single else list(storage.walk(uri))
+        if not entries:
+            raise ModelError(f"there is no model at {uri}: check the name; nothing is downloaded from elsewhere")
+        version = version_of(uri, *(f"{entry.uri} {entry.version}" for entry in entries))
+        folder = Path(tempfile.gettempdir()) / f"shardsight-{os.getuid()}" / "models" / version
+        name = uri.rpartition("/")[2]
+        if not folder.exists():
+            folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                for entry in entries:
+                    _fetch(entry, Path(temporary) / "whole" / name / entry.uri[len(uri) + 1 :], storage)
+                with suppress(OSError):  # another process was faster
+                    (Path(temporary) / "whole").rename(folder)
+        return folder / name
+    except (OSError, ValueError, StorageError) as error:
+        raise ModelError(explain(uri, error)) from error
+
+
+def _fetch(entry: Entry, path: Path, storage: Storage) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.open(entry.uri) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    if entry.size is not None and path.stat().st_size != entry.size:
+        raise ModelError(f"{entry.uri} came with {path.stat().st_size} of {entry.size} bytes: try again")

@@ -1,0 +1,83 @@
+"""Exports a YOLO by ultralytics, in a process of its own: exporters change global state, and some crash.
+
+The process is `python -m shardsight.models.yolo.export REQUEST`, with REQUEST in JSON.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shardsight.models.info import ModelError
+from shardsight.models.yolo.formats import PRECISIONS
+
+# Telemetry of exporters; without the module they go on. MNN's also runs `pip install`.
+_BLOCKED = ("MNN.tools.utils.log", "openvino_telemetry")
+
+
+def export(weights: Path, target: Path, format: str, precision: str, options: dict[str, Any]) -> Path:
+    """Export a .pt file; returns the file or folder, `target` with the ending of the format.
+
+    target: its folder and the start of its name. options: of ultralytics' `export`, besides format and precision.
+    Raises ModelError with the exporter's reason.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f"{target.name}.pt"
+        shutil.copy(weights, copy)
+        request = {"weights": str(copy), "format": format, "quantize": PRECISIONS[precision], "options": options}
+        command = [sys.executable, "-m", "shardsight.models.yolo.export", json.dumps(request)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", env=_environment())
+        lines = done.stdout.strip().splitlines()
+        if done.returncode or not lines:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(f"{format} {precision}: its process ended with code {done.returncode}: {last}")
+        found = json.loads(lines[-1])
+        if "error" in found:
+            raise ModelError(f"{format} {precision}: {found['error']}")
+        made = Path(found["path"])
+        path = target.with_name(target.name + made.name.removeprefix(target.name).replace("_int8", ""))
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        shutil.move(made, path)
+    return path
+
+
+def _environment() -> dict[str, str]:
+    """With this library importable from another folder, as where it runs from the repository."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _run(weights: str, format: str, quantize: int | str, options: dict[str, Any]) -> str:
+    sys.modules.update(dict.fromkeys(_BLOCKED))  # type: ignore[arg-type]
+    import torch
+
+    from shardsight.models.yolo.load import load
+    from shardsight.models.yolo.ultralytics_import import YOLO
+
+    device = 0 if torch.cuda.is_available() else "cpu"
+    load(Path(weights), None, "cpu")  # refuses what is no YOLO of a task that is computed here
+    return str(YOLO(weights).export(format=format, quantize=quantize, device=device, **options))
+
+
+def _main(request: str) -> None:
+    """Prints a JSON object: `path`, or `error`."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # exporters print to standard output, too
+    try:
+        found = {"path": _run(**json.loads(request))}
+    except ModelError as error:
+        found = {"error": str(error)}
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        found = {"error": f"{type(error).__name__}: {lines[0].removeprefix('ERROR ❌️ ')}"}
+    with stdout:
+        json.dump(found, stdout)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
