@@ -149,7 +149,7 @@ def _selection(
         raise UsageError("--prompt chooses from PaliGemma's answers: give --from answers, too")
     asked = job["configuration"].get("prompt") or []
     for text in prompt:
-        if text not in asked:
+        if text not in asked and not job["configuration"].get("prompt_column"):
             raise UsageError(f"--prompt {text!r}: the job asked only {', '.join(map(repr, asked)) or 'nothing'}")
     return Selection(source, min_score, frozenset(label), frozenset(prompt))
 
