@@ -271,7 +271,7 @@ def test_questions_and_answers(one_ray: str, tmp_path: Path, jpegs: list[bytes])
     counts = {reason.partition(";")[0]: len(names) for reason, names in report.content["faults"].items()}
     assert counts == {
         "lines without a picture, a prompt or an answer": 2,
-        "answers to detect and segment in JSONL": 1,
+        "right answers to detect or segment in which no object can be read": 1,
     }
 
 

@@ -130,6 +130,12 @@ def test_captions() -> None:
         assert low < figure["value"] < high
 
 
+def test_short_captions() -> None:
+    """Right ones of three words have no four words in a row; pycocoevalcap has a number for that."""
+    found = values(measured([(str(n), "caption en", ["two red stars"], "two red stars") for n in range(3)])["caption"])
+    assert found == pytest.approx({"CIDEr": 0, "BLEU-4": 1e-6**0.25, "exact": 1})
+
+
 @pytest.mark.parametrize(("answer", "answers", "expected"), ANSWERS)
 def test_vqa_accuracy(answer: str, answers: dict[str, int], expected: float) -> None:
     people = [one for one, count in answers.items() for _ in range(count)]

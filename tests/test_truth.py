@@ -81,6 +81,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, int]] = [
     ("odd", {"segmentation": [[1, 0, 2, 0, 2]]}, BAD_MASK, 1),
     ("size", {"segmentation": {"size": [5, 4], "counts": [20]}}, BAD_MASK, 1),
     ("runs", {"segmentation": {"size": [4, 4], "counts": [4, 99]}}, BAD_MASK, 1),
+    ("short", {"segmentation": {"size": [4, 4], "counts": [4, 4]}}, BAD_MASK, 1),
     ("crowd", {"iscrowd": 1}, "crowds", 2),
     ("point", {"bbox": [1, 1, 0, 0]}, "boxes without area", 2),
     ("outside", {"bbox": [-3, 0, 5, 4]}, "boxes that reach out of their picture", 2),
@@ -296,10 +297,12 @@ def test_jsonl(tmp_path: Path) -> None:
 def test_faults_of_jsonl(tmp_path: Path) -> None:
     good = {"image": "a.jpg", "prefix": "ocr", "suffix": "x"}
     lines = [good, good | {"image": None}, good | {"suffix": []}, good | {"prefix": "answer en"}, [1]]
+    lines.append(good | {"prefix": "detect cat", "suffix": "<loc0001> cat"})
     text = "\n".join([*map(json.dumps, lines), '{"image": "a.jpg", "pre'])
     truth = reading(tmp_path, text, "q.jsonl")
     assert faults(truth) == {
-        "lines without a picture, a prompt or an answer": ["line 2", "line 3", "line 5", "line 6"],
+        "lines without a picture, a prompt or an answer": ["line 2", "line 3", "line 5", "line 7"],
+        "right answers to detect or segment in which no object can be read": ["line 6"],
         "prompts that PaliGemma does not take": ["line 4: 'answer en' lacks its rest: write answer LANG QUESTION"],
     }
     assert len(truth.samples) == 1

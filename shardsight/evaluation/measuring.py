@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardsight.measures import boxes, classify, text
+from shardsight.measures import boxes, classify, objects, text
 from shardsight.truth import Truth
 
 KINDS = {
@@ -32,16 +32,15 @@ class Rows:
         return {id: [*(row["detections"] or ()), *answers[id]] for id, row in self.rows.items()}
 
 
-def measure(truth: Truth, model: Rows) -> dict[str, dict[str, Any]]:
-    """Kind → what the module of that kind in measures says. The first kind's `confusion` is of its best score."""
+def measure(truth: Truth, model: Rows, decode: objects.Decode | None = None) -> dict[str, dict[str, Any]]:
+    """Kind → what the module of that kind in measures says. The first kind's `confusion` is of its best score.
+
+    decode: see objects.measure.
+    """
     if truth.task == "text":
-        return text.measure(
-            truth,
-            {
-                id: {answer["prompt"]: answer["text"] or "" for answer in row["answers"] or ()}
-                for id, row in model.rows.items()
-            },
-        )
+        answers = {id: {one["prompt"]: one for one in row["answers"] or ()} for id, row in model.rows.items()}
+        said = {id: {prompt: one["text"] or "" for prompt, one in own.items()} for id, own in answers.items()}
+        return text.measure(truth, said) | objects.measure(truth, answers, model.sizes(), decode)
     if truth.task == "classify":
         return {"classes": classify.measure(truth, {id: row["classes"] or [] for id, row in model.rows.items()})}
     found, sizes = model.found(), model.sizes()
@@ -55,7 +54,7 @@ def measure(truth: Truth, model: Rows) -> dict[str, dict[str, Any]]:
 
 def main_of(measured: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """(kind, measure) that decides between models: of the last kind; of text, of the first with a rule of its own."""
-    for kind in ("vqa", "caption", "ocr", "text"):
+    for kind in ("vqa", "caption", "ocr", "referring", "text"):
         if kind in measured:
             return kind, next(iter(measured[kind]["measures"]))
     kind = list(measured)[-1]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,9 @@ from shardsight.errors import UsageError
 from shardsight.evaluation.measuring import Rows, classes_of, main_of, measure, pictures_of
 from shardsight.evaluation.recommend import Contender, front, points, recommend
 from shardsight.evaluation.request import Candidate, Evaluation, command_of
-from shardsight.measures import bootstrap
-from shardsight.measures.text import kind_of
+from shardsight.measures import bootstrap, objects
 from shardsight.models import selection
+from shardsight.models.paligemma.info import PaliGemmaInfo
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.settings import settings_as
 from shardsight.sources.metadata import plain
@@ -41,7 +42,7 @@ from shardsight.viewer.labelled import LABELLED, with_truth
 
 CONF = 0.25  # with which speed is measured, as jobs.annotate has it
 UNREADABLE = "pictures that cannot be read or decoded; counted as pictures with nothing found"
-NOT_MEASURED = "answers to detect and segment in JSONL; asked, but not measured"
+NOT_MEASURED = "answers to segment; asked, but not measured, as no model has a vae-oid.npz, which decodes masks"
 NAMES = 20  # in a prompt of `detect`
 
 
@@ -108,6 +109,7 @@ class _Run:
         self.candidates = request.candidates()
         self._check_output()
         self.infos = {one.name: self._inspect(one) for one in self.candidates}
+        self.decode = self._decode()
         self.truth = self._truth()
         content = self._begun()
         inputs = self._inputs()
@@ -139,6 +141,20 @@ class _Run:
         found = selection.inspect(self.request.job(one, inputs=["-"]))
         return next(iter(found.values()))
 
+    def _decode(self) -> objects.Decode | None:
+        """What decodes masks in right answers: that of the first model which has one. Raises UsageError."""
+        files = (Path(info.path) / "vae-oid.npz" for info in self.infos.values() if isinstance(info, PaliGemmaInfo))
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            return None
+        from shardsight.models.paligemma.masks import MaskDecoder, MaskError, paste  # imports torch
+
+        try:
+            decoder = MaskDecoder.load(file)
+        except MaskError as error:
+            raise UsageError(str(error)) from None
+        return lambda codes, box, width, height: paste(decoder.decode(np.array([codes]))[0], box, width, height)
+
     def _truth(self) -> Truth:
         """The labelled set, for the task of the models. Raises UsageError where they do not match."""
         tasks = {info.task for info in self.infos.values() if isinstance(info, YoloInfo)}
@@ -156,8 +172,9 @@ class _Run:
             if not fits:
                 raise UsageError(f"{self.request.data} is labelled for {found.task}, and {name} is for {own}")
         samples = found.samples[: self.request.limit]
-        if found.task == "text" and all(kind_of(one) == "objects" for sample in samples for one in sample.asked):
-            raise UsageError(f"{self.request.data} asks detect and segment alone: give their boxes as COCO JSON")
+        asked = [prompt for sample in samples for prompt in sample.asked]
+        if asked and not self.decode and all(prompt.startswith("segment ") for prompt in asked):
+            raise UsageError(f"{self.request.data} asks for masks alone, and no model has a vae-oid.npz to decode them")
         return Truth(**{**vars(found), "samples": samples})
 
     def _begun(self) -> dict[str, Any]:
@@ -207,7 +224,7 @@ class _Run:
         names = list(info.names.values()) if isinstance(info, YoloInfo) else None
         own = Rows(rows, names)
         self.sizes |= own.sizes()
-        measured = measure(self.truth, own)
+        measured = measure(self.truth, own, self.decode)
         kind, name = main_of(measured)
         self.replicates[one.name] = measured[kind]["measures"][name]["replicates"]
         content, computed = done.content, done.rows - done.content["resumed_rows"]
@@ -321,9 +338,9 @@ class _Run:
             faults[UNREADABLE] = sorted(unread)
         if others := self.truth.other_sizes(self.sizes):
             faults[OTHER_SIZE] = others
-        objects = [f"{one.id}: {prompt}" for one in self.truth.samples for prompt in one.asked
-                   if prompt.startswith(("detect ", "segment "))]  # fmt: skip
-        return faults | ({NOT_MEASURED: objects} if objects else {})
+        masks = [f"{one.id}: {prompt}" for one in self.truth.samples for prompt in one.asked
+                 if prompt.startswith("segment ") and not self.decode]  # fmt: skip
+        return faults | ({NOT_MEASURED: masks} if masks else {})
 
     # --- Files
 

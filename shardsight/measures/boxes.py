@@ -35,6 +35,7 @@ CALIBRATED = 0.05  # detections of lower scores, which are no use to anybody, sa
 BINS = 10
 WORK = 4e9  # numbers that a bootstrap goes through, at most
 EPS = np.spacing(1)
+BODY = 0.53  # of a box, the share that the object in it takes up on average, by which ultralytics measures keypoints
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _matched(truth: Truth, found: Found, sizes: Sizes, kind: str) -> dict[str, l
     """Area → the matches of each class of truth.names, by pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         right = COCO()
-        right.dataset = coco_of(truth, sizes, masks=kind == "masks")
+        right.dataset = coco_of(truth, sizes, kind)
         right.createIndex()
         results = results_of(truth, found, kind)
         evaluation = COCOeval(right, right.loadRes(results) if results else COCO(), IOU_TYPES[kind])
@@ -168,8 +169,10 @@ def class_ids(truth: Truth) -> dict[str, int]:
     return {name.strip().lower(): number for number, name in reversed(truth.names.items())}
 
 
-def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
-    """The labelled set as COCO's JSON. masks: areas are those of masks, where the labels give none."""
+def coco_of(truth: Truth, sizes: Sizes, kind: str) -> dict[str, Any]:
+    """The labelled set as COCO's JSON. Where the labels give no areas, they are those of masks or boxes; of keypoints
+    BODY of the box, as ultralytics has it."""
+    masks, share = kind == "masks", BODY if kind == "keypoints" else 1.0
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, sample in enumerate(truth.samples, 1):
@@ -180,7 +183,7 @@ def coco_of(truth: Truth, sizes: Sizes, masks: bool) -> dict[str, Any]:
         for thing in things_of(truth, sample, sizes):
             x1, y1, x2, y2 = thing.box
             mask = thing.rle(width, height) if masks or thing.crowd else None
-            area = float(rle.area(mask)) if mask and masks else (x2 - x1) * (y2 - y1)
+            area = float(rle.area(mask)) if mask and masks else share * (x2 - x1) * (y2 - y1)
             points = [value for point in thing.points or () for value in point]
             points += [0.0] * (3 * truth.keypoints - len(points))  # of objects that have fewer: not labelled
             annotations.append(

@@ -60,11 +60,14 @@ def bleu_parts(found: Ngrams, truth: Sequence[Ngrams]) -> list[float]:
 
 
 def bleu(parts: np.ndarray) -> np.ndarray:
-    """Sums of bleu_parts (…, 10) → BLEU-4 of a set (…) (https://aclanthology.org/P02-1040)."""
+    """Sums of bleu_parts (…, 10) → BLEU-4 of a set (…) (https://aclanthology.org/P02-1040).
+
+    With the small numbers that pycocoevalcap adds, which matter only where nothing is shared.
+    """
     shared, said, length, nearest = parts[..., :4], parts[..., 4:8], parts[..., 8], parts[..., 9]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        brief = np.exp(np.minimum(0, 1 - nearest / length))
-        return np.where(shared.all(axis=-1), np.exp(np.log(shared / said).mean(axis=-1)) * brief, 0.0)
+    precision = np.prod((shared + 1e-15) / (said + 1e-9), axis=-1) ** (1 / LONGEST)
+    ratio = (length + 1e-15) / (nearest + 1e-9)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 # What the tokenizer of COCO's captions, Stanford's PTBTokenizer, makes of English; see `tokens`.

@@ -1,18 +1,21 @@
 """Prompts with their right answers: JSONL of image, prefix and suffix, or the JSON of VQA."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardsight.errors import UsageError
-from shardsight.models.paligemma.prompts import Prompt, PromptError
+from shardsight.models.paligemma.prompts import CODES, LOCATIONS, Prompt, PromptError
 from shardsight.storage import Storage
 from shardsight.truth.labels import MISSING, Faults, Sample, Truth
 from shardsight.truth.pictures import Pictures
 
 NO_QUESTION = "lines without a picture, a prompt or an answer; left out"
 NO_PROMPT = "prompts that PaliGemma does not take; left out"
+NO_OBJECT = "right answers to detect or segment in which no object can be read; taken for nothing to be found"
 ASKED_TWICE = "prompts that are there twice for a picture; their answers are joined"
+_OBJECT = re.compile(r"((?:<loc\d{4}>)+)\s*((?:<seg\d{3}>)*)([^<;]*)")
 
 
 def read_jsonl(path: str, text: str, storage: Storage) -> Truth:
@@ -81,6 +84,8 @@ def _truth(path: str, part: str, entries: Sequence[tuple[str, Mapping[str, Any]]
         if uri not in samples and not there:
             faults.add(MISSING, uri)
         answers = [str(one) for one in suffix] if isinstance(suffix, list) else [str(suffix)]
+        if prompt.startswith(("detect ", "segment ")) and answers[0].strip() and not objects_in(prompt, answers[0]):
+            faults.add(NO_OBJECT, name)
         asked = samples.setdefault(uri, Sample(uri)).asked
         if prompt in asked:
             faults.add(ASKED_TWICE, f"{name}: {image}, {prompt}")
@@ -88,3 +93,17 @@ def _truth(path: str, part: str, entries: Sequence[tuple[str, Mapping[str, Any]]
     if not samples:
         raise UsageError(f"{path} has no line with image, prefix and suffix: write one a question")
     return Truth("text", {}, list(samples.values()), faults.found())
+
+
+def objects_in(prompt: str, answer: str) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(name, bins y1, x1, y2, x2, codes of the mask or none) of each object in an answer to `detect` or `segment`.
+
+    Left out, as in a model's answers: another number of bins or codes, and boxes without area.
+    """
+    names = Prompt.of(prompt).names
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for match in _OBJECT.finditer(answer):
+        bins, codes = (tuple(int(digits) for digits in re.findall(r"\d+", part)) for part in match.group(1, 2))
+        if len(bins) == LOCATIONS and len(codes) in (0, CODES) and bins[2] > bins[0] and bins[3] > bins[1]:
+            found.append((match[3].strip() or (names[0] if len(names) == 1 else ""), bins, codes))
+    return found
