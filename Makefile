@@ -8,7 +8,7 @@ BIN = .venv/bin
 # would compile all that it imports: half a minute for vLLM instead of ten seconds.
 INSTALL = --constraint requirements.lock --compile-bytecode --editable
 
-.PHONY: install demo serve test browser chaos bench bench-install load accuracy tokens lint lock clean
+.PHONY: install demo serve test browser chaos bench bench-install load accuracy tokens tune-proofs lint lock clean
 
 install: .venv/installed
 
@@ -55,6 +55,10 @@ accuracy: install
 # PaliGemma's tokens against Hugging Face's, over 200 pairs a model: half an hour.
 tokens: install
 	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/test_paligemma.py
+
+# Sweeps whose driver, trials and Ray are killed, each search, and a sweep in a store: a quarter of an hour.
+tune-proofs: install
+	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/test_tune.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
 SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
 _KEYS = "; ".join(f"{', '.join(keys)} for {scheme}://" for scheme, keys in OPTIONS.items())
 Class = Annotated[int, Field(ge=0, lt=2**31)]
-Request = TypeVar("Request", bound="Options")
+Request = TypeVar("Request", bound=BaseSettings)
 
 
 class Options(BaseSettings):
@@ -331,7 +331,7 @@ def settings_as(kind: type[Request], **options: Any) -> Request:
         raise UsageError(_sentence(error, flag="")) from None
 
 
-def _texts(kind: type[Options]) -> set[str]:
+def _texts(kind: type[BaseSettings]) -> set[str]:
     """The settings that are lists of texts, which may hold commas."""
     return {name for name, field in kind.model_fields.items() if field.annotation == list[str]}
 
@@ -417,7 +417,7 @@ def help_text(command: str) -> str:
     return help_of(Settings, _HELP, usage, _EXAMPLES.format(command=command))
 
 
-def help_of(kind: type[Options], groups: dict[str, dict[str, str]], usage: str, end: str, width: int = 100) -> str:
+def help_of(kind: type[BaseSettings], groups: dict[str, dict[str, str]], usage: str, end: str, width: int = 100) -> str:
     """The help of a command with the settings `kind`. groups: as _HELP. end: stands after them."""
     lines = [f"Usage: {usage}", "", *textwrap.wrap(kind.__doc__ or "", width), ""]
     indent = " " * 30

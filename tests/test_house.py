@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-FOLDERS = ("shardsight", "jobs", "serve", "demo")
+FOLDERS = ("shardsight", "jobs", "serve", "tune", "demo")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in FOLDERS
@@ -23,8 +23,10 @@ OWNERS = {
         *(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "isolate", "tracking", "writing")),
         "shardsight.evaluation.speed",
         "serve",
+        "tune",
     ),
-    "ultralytics": ("shardsight.models.yolo", "demo"),
+    "ultralytics": ("shardsight.models.yolo", "tune.training", "tune.data", "demo"),
+    "optuna": ("tune",),
     "openvino": ("shardsight.models.yolo",),
     "vllm": ("shardsight.models.paligemma", "demo"),
     "transformers": ("shardsight.models.paligemma", "demo"),
@@ -34,6 +36,7 @@ EXTRAS = {
     "shardsight": ("cpu", "gcs", "azure", "evaluate"),
     "jobs": ("cpu",),
     "serve": ("cpu", "serve"),
+    "tune": ("cpu", "tune"),
     "demo": ("cpu", "dev"),
 }
 # Packages that are part of another, and come with no other.

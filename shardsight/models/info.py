@@ -23,3 +23,9 @@ def computes_bf16() -> bool:
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weights_of(path: Path) -> Path:
+    """The file of weights that a folder with one `.pt` stands for, such as the `best/` of a sweep; else the path."""
+    found = list(path.glob("*.pt")) if path.is_dir() else []
+    return found[0] if len(found) == 1 else path

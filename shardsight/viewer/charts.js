@@ -21,6 +21,7 @@ export function modelSample(number, { line = true } = {}) {
 /** A figure: {title, note, choices: [{name, lines | points}], x, y, diagonal}. Of several choices one is shown.
  *
  *  lines: [{model, name, points: [[x, y]]}]; points: [{model, name, x, y, low, high, front}], with the front joined.
+ *  draw(spec, choice, width): makes another picture instead, without a legend; least: its least width, if it takes all.
  *  model: its number. x, y: {label, min, max, log}; what is missing follows from the values. */
 export function figure(spec) {
   const area = html("div", { class: "area" });
@@ -28,7 +29,8 @@ export function figure(spec) {
   let choice = spec.choices[0];
   const draw = () => {
     if (!area.clientWidth) return;
-    area.replaceChildren(chart(spec, choice, Math.min(720, area.clientWidth)));
+    area.replaceChildren((spec.draw ?? chart)(spec, choice, spec.least ? area.clientWidth : Math.min(720, area.clientWidth)));
+    if (spec.draw) return;
     legend.replaceChildren(...(choice.lines ?? choice.points).map(({ model, name }) =>
       html("li", {}, modelSample(model, { line: Boolean(choice.lines) }), name)));
   };
@@ -61,7 +63,7 @@ function lineOf({ model, name, points }, at) {
   return polyline(points.map(([h, v]) => at(h, v)), attributes, svg("title", {}, name));
 }
 
-const polyline = (points, attributes, ...children) =>
+export const polyline = (points, attributes, ...children) =>
   svg("path", { fill: "none", d: points.map(([h, v], n) => `${n ? "L" : "M"}${h.toFixed(1)} ${v.toFixed(1)}`).join(""), ...attributes }, children);
 
 // --- Points, with their labels
@@ -114,9 +116,9 @@ function markOf(number, x, y, r) {
 
 // --- Axes
 
-const textWidth = (text) => ((textRuler.font = `${TEXT}px system-ui, sans-serif`), textRuler.measureText(text).width);
+export const textWidth = (text) => ((textRuler.font = `${TEXT}px system-ui, sans-serif`), textRuler.measureText(text).width);
 
-function scaleOf({ min, max, log }, values) {
+export function scaleOf({ min, max, log }, values) {
   let low = min ?? Math.min(...values);
   let high = max ?? Math.max(...values);
   if (log) {
@@ -151,7 +153,7 @@ function tickText(value, step = value) {
   return value.toLocaleString("en", { minimumFractionDigits: step === value ? 0 : digits, maximumFractionDigits: digits });
 }
 
-function axes(spec, x, y, box, width, height) {
+export function axes(spec, x, y, box, width, height) {
   const across = y.ticks.map(({ value, text }) => {
     const v = box.bottom - (box.bottom - box.top) * y.place(value);
     return [polyline([[box.left, v], [box.right, v]], { class: "grid" }), svg("text", { class: "tick", x: box.left - 6, y: v + 4, "text-anchor": "end" }, text)];

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError, sha256_of
+from shardsight.models.info import ModelError, sha256_of, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
@@ -46,6 +46,7 @@ def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | 
     """
     if is_remote(path):
         return replace(inspect(str(stage(path, storage or Storage())), imgsz), path=path)
+    path = str(weights_of(Path(path)))
     if not Path(path).exists():
         raise ModelError(f"there are no weights at {path}: give a .pt file or an export; nothing is downloaded")
     state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(path)).values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, weights_of
 from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor
 
 _TASKS = "expected a YOLO for detect, segment, classify, pose or obb"
@@ -21,6 +21,7 @@ def load(path: Path, imgsz: int | list[int] | None, device: int | str) -> BasePr
 
     imgsz: the model's own by default. Raises ModelError, also for models whose results would differ from ultralytics'.
     """
+    path = weights_of(path)
     try:
         predictor = _open(path, {"device": device} | ({"imgsz": imgsz} if imgsz else {}))
     except ModelError:

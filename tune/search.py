@@ -1,0 +1,117 @@
+"""Which trials there are, and which of them are stopped early: Ray Tune's searchers and schedulers."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from shardsight.errors import UsageError
+from tune.space import Range, Space
+
+SEARCHES = ("optuna", "random", "grid", "genetic")
+SCHEDULERS = ("asha", "pbt", "median", "none")
+TIME = "epoch"  # what schedulers count
+_AT_START = ("model", "imgsz", "batch")  # what a training cannot change halfway
+
+
+def searcher(name: str, space: Space, seed: int, evolution: Any = None) -> Any:
+    """One of SEARCHES. evolution: for genetic, proposes hyperparameters from a history (training.Evolution)."""
+    if not space.ranges or name in ("random", "grid"):
+        return BasicVariantGenerator(random_state=np.random.RandomState(seed))
+    if name == "genetic":
+        return Genetic(evolution)
+    return OptunaSearch(seed=seed)
+
+
+def param_space(name: str, space: Space) -> dict[str, Any]:
+    """What Tune is told of the space; for grid, every choice. Raises UsageError."""
+    if name == "grid":
+        for one, values in space.ranges.items():
+            if values.kind != "choice":
+                raise UsageError(
+                    f"--search grid tries every choice, and {one} is a range: write `{one}: choice A B ...`"
+                )
+        return {one: tune.grid_search(list(values.values)) for one, values in space.ranges.items()}
+    return {one: values.domain() for one, values in space.ranges.items()}
+
+
+def scheduler(name: str, space: Space, epochs: int) -> TrialScheduler:
+    """One of SCHEDULERS, for trials of so many epochs. Raises UsageError."""
+    grace = max(1, epochs // 8)
+    if name == "asha":
+        # One more than there are, so that a trial's last epoch is its own end.
+        return AsyncHyperBandScheduler(time_attr=TIME, max_t=epochs + 1, grace_period=grace, reduction_factor=3)
+    if name == "median":
+        return MedianStoppingRule(time_attr=TIME, grace_period=grace)
+    if name == "pbt":
+        if fixed := [one for one in _AT_START if one in space.ranges]:
+            raise UsageError(
+                f"--scheduler pbt changes hyperparameters while it trains, and {fixed[0]} cannot change then"
+            )
+        if not space.ranges:
+            raise UsageError("--scheduler pbt has nothing to change: give --space a range")
+        return PopulationBasedTraining(
+            time_attr=TIME,
+            perturbation_interval=max(2, epochs // 5),
+            hyperparam_mutations={
+                one: list(values.values) if values.kind == "choice" else values.domain()
+                for one, values in space.ranges.items()
+            },
+            custom_explore_fn=lambda config: clipped(config, space.ranges),
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def clipped(config: dict[str, Any], ranges: dict[str, Range]) -> dict[str, Any]:
+    """Within their ranges, which PBT's factors leave."""
+    return {name: ranges[name].clip(value) if name in ranges else value for name, value in config.items()}
+
+
+class Genetic(Searcher):  # type: ignore[misc]  # Ray has no types
+    """ultralytics' genetic algorithm, which mutates the best of the trials that have ended.
+
+    evolution: proposes hyperparameters from a history of {fitness, hyperparameters}; the first are the defaults.
+    """
+
+    def __init__(self, evolution: Any) -> None:
+        super().__init__()
+        self.evolution = evolution
+        self.history: list[dict[str, Any]] = []
+        self.proposed: dict[str, dict[str, float]] = {}  # by trial
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        self._metric, self._mode = metric, mode
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, float]:
+        # Before any trial has ended, the others are mutations of the defaults, too.
+        first = [{"fitness": 0.0, "hyperparameters": one} for one in [*self.proposed.values()][:1]]
+        proposed = self.evolution.propose(self.history or first)
+        self.proposed[trial_id] = proposed
+        return dict(proposed)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Only what a trial has reached at its end counts."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        fitness = float((result or {}).get(str(self._metric)) or 0.0)
+        self.history.append({"fitness": fitness, "hyperparameters": self.proposed[trial_id]})
+
+    def save(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "wb") as file:
+            pickle.dump((self.history, self.proposed), file)
+
+    def restore(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "rb") as file:
+            self.history, self.proposed = pickle.load(file)
