@@ -31,8 +31,13 @@ class Target:
 
     def __exit__(self, failed: object, *_: object) -> None:
         with self._pool:
-            while self._pending and not failed:
-                self._pending.popleft().result()
+            if not failed:
+                self.wait()
+
+    def wait(self) -> None:
+        """Until all that was written is there: what is written under one name twice must not overtake itself."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}"
