@@ -103,9 +103,7 @@ def convert(
         _make_room(output, overwrite, store)
         with Target(output, store) as target:
             target.write_json(RECORD, asked | {"status": "running"})
-            target.wait()
             FORMATS[to].write(rows.samples(files), contents, target, report)
-            target.wait()
             target.write_json(RECORD, asked | {"status": "done", "names": contents.names} | _record(report))
     if not report.written.total():
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.left_out.most_common())

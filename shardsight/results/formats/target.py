@@ -35,7 +35,7 @@ class Target:
                 self.wait()
 
     def wait(self) -> None:
-        """Until all that was written is there: what is written under one name twice must not overtake itself."""
+        """Until all that was written is there."""
         while self._pending:
             self._pending.popleft().result()
 
@@ -59,7 +59,10 @@ class Target:
             self.write(name, picture.data)
 
     def write_json(self, name: str, value: Any) -> None:
+        """After all that was written before it, and before all that comes: it may say what is there."""
+        self.wait()
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
+        self.wait()
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
