@@ -146,7 +146,12 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
 
 
 def convert(arguments: list[str] | None = None, command: str = "python -m jobs.convert") -> int:
-    """Write a job's results in another tool's format and print where; returns the exit code of the contract: 0 or 2."""
+    """Write a job's results in another tool's format and print where; returns the exit code: 0, 2 or 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return _interruptible(lambda arguments: _convert(arguments, command), arguments)
+
+
+def _convert(arguments: list[str], command: str) -> int:
     from rich.console import Console
 
     from shardsight.conversion import FORMATS, convert

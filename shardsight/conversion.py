@@ -27,6 +27,7 @@ from shardsight.storage import Storage, StorageError, explain, is_remote
 
 RECORD = "conversion.json"  # what was written and left out; and that a conversion wrote the folder
 SPLIT = 0.2
+FIRST_RETRIES = 20.0  # seconds for which a store is asked for job.json: a wrong address stays wrong
 KEPT_ROWS = 16  # that are read at a time, where their pictures are in the results
 _COLUMNS = ["id", "uri", "width", "height", "frame_index", "pts_seconds", "error"]
 _ENDINGS = {
@@ -85,7 +86,7 @@ def convert(
     out, output = absolute(os.fspath(out).rstrip("/")), absolute(os.fspath(output).rstrip("/"))
     _check(to, output, source, min_score, split, link)
     given = dict(storage or {})
-    job = _job(out, Storage(given))
+    job = _job(out, Storage(given, FIRST_RETRIES))
     store = Storage(job["configuration"]["storage"] | given)
     files = [path for path, *_ in store.walk(Results(out, store).folder) if path.endswith(".parquet")]
     selection = _selection(job, source, min_score, label, prompt)
@@ -148,7 +149,7 @@ def _selection(
         raise UsageError("--prompt chooses from PaliGemma's answers: give --from answers, too")
     asked = job["configuration"].get("prompt") or []
     for text in prompt:
-        if text not in asked:
+        if text not in asked and not job["configuration"].get("prompt_column"):
             raise UsageError(f"--prompt {text!r}: the job asked only {', '.join(map(repr, asked)) or 'nothing'}")
     return Selection(source, min_score, frozenset(label), frozenset(prompt))
 

@@ -22,6 +22,7 @@ from demo.scenes import KINDS, Scene
 from demo.writers import jpeg
 from shardsight import cli
 from shardsight.decode.pictures import decode
+from shardsight.storage import Storage
 from tests.clips import decoded, encode, numbered
 from tests.conftest import ROOT, S3, WEIGHTS, job_of, write_tar
 from tests.test_formats import rows_of_one, trained, yolo_labels
@@ -393,7 +394,23 @@ def test_a_store_that_is_not_there(
     job = str(write_job(tmp_path / "job", [rows_of_one(tmp_path / "a.jpg", "star")]))
     missing, here = "s3://no-such-bucket/x", str(tmp_path / "out")
     refused(capfd, [job, "--to", to, "--output", missing, *s3.options()], "there is no bucket no-such-bucket")
-    refused(capfd, [missing, "--to", to, "--output", here, *s3.options()], "there is no bucket no-such-bucket")
+    refused(capfd, [missing, "--to", to, "--output", here, *s3.options()], "no-such-bucket/x holds no job.json")
+
+
+def test_a_write_that_fails(
+    tmp_path: Path, s3: S3, jpegs: list[bytes], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of a store are written several at a time; one that fails must not be missed."""
+
+    def refuse(self: Storage, uri: str, data: bytes) -> None:
+        if uri.endswith(".txt"):
+            raise PermissionError("denied")
+
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    job = str(write_job(tmp_path / "job", [rows_of_one(tmp_path / "a.jpg", "star")]))
+    s3.bucket("denied")
+    monkeypatch.setattr(Storage, "write", refuse)
+    refused(capfd, [job, "--to", "yolo", "--output", "s3://denied/x", *s3.options()], "may not be accessed (denied)")
 
 
 def test_an_unfinished_job_is_converted_so_far(tmp_path: Path) -> None:

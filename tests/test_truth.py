@@ -81,6 +81,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, int]] = [
     ("odd", {"segmentation": [[1, 0, 2, 0, 2]]}, BAD_MASK, 1),
     ("size", {"segmentation": {"size": [5, 4], "counts": [20]}}, BAD_MASK, 1),
     ("runs", {"segmentation": {"size": [4, 4], "counts": [4, 99]}}, BAD_MASK, 1),
+    ("short", {"segmentation": {"size": [4, 4], "counts": [4, 4]}}, BAD_MASK, 1),
     ("crowd", {"iscrowd": 1}, "crowds", 2),
     ("point", {"bbox": [1, 1, 0, 0]}, "boxes without area", 2),
     ("outside", {"bbox": [-3, 0, 5, 4]}, "boxes that reach out of their picture", 2),

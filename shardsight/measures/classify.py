@@ -20,16 +20,16 @@ def measure(truth: Truth, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
     """
     ids, numbers = class_ids(truth), {class_id: n for n, class_id in enumerate(truth.names)}
     counts = np.zeros((len(numbers) + 1, len(numbers) + 1), int)
-    first, among, scores = [], [], []
+    first, among, scores = [], [], []  # scores: of the best class, NaN where there is none
     for sample in truth.samples:
         answers = [(ids.get(one["label"].strip().lower()), one["score"]) for one in found.get(sample.id) or ()]
         labels = [label for label, _ in answers]
         first.append(float(labels[:1] == [sample.class_id]))
         among.append(float(sample.class_id in labels[:FIRST]))
-        scores.append(answers[0][1] if answers else 0.0)
+        scores.append(answers[0][1] if answers else np.nan)
         best = labels[0] if labels else None
         counts[numbers[sample.class_id or 0], len(numbers) if best is None else numbers[best]] += 1
-    ones = np.ones(len(first))
+    ones, said = np.ones(len(first)), np.isfinite(scores)
     classes = [
         {"name": name, "objects": int(row.sum()), "top-1": float(row[n] / row.sum()) if row.sum() else None}
         for n, (name, row) in enumerate(zip(truth.names.values(), counts, strict=False))
@@ -37,7 +37,7 @@ def measure(truth: Truth, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
     return {
         "measures": {"top-1": bootstrap.ratio(first, ones), "top-5": bootstrap.ratio(among, ones)},
         **{"classes": classes, "confusion": {"labels": list(truth.names.values()), "counts": counts.tolist()}},
-        "calibration": calibration(np.array(scores), np.array(first, bool)),
+        "calibration": calibration(np.array(scores)[said], np.array(first, bool)[said]),
         "pictures": dict(zip((sample.id for sample in truth.samples), first, strict=True)),
         "resamples": bootstrap.RESAMPLES,
     }

@@ -31,8 +31,13 @@ class Target:
 
     def __exit__(self, failed: object, *_: object) -> None:
         with self._pool:
-            while self._pending and not failed:
-                self._pending.popleft().result()
+            if not failed:
+                self.wait()
+
+    def wait(self) -> None:
+        """Until all that was written is there."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -54,7 +59,10 @@ class Target:
             self.write(name, picture.data)
 
     def write_json(self, name: str, value: Any) -> None:
+        """After all that was written before it, and before all that comes: it may say what is there."""
+        self.wait()
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
+        self.wait()
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
