@@ -27,6 +27,7 @@ def test_classes() -> None:
         ("dog", 2, 0),
         ("Cat", 3, pytest.approx(1 / 3)),
     ]
+    assert result["calibration"]["error"] == pytest.approx(0.9 - 0.25)
     (only,) = result["calibration"]["bins"]  # of the four that have a score
     assert only == {"score": pytest.approx(0.9), "right": 0.25, "count": 4}
 

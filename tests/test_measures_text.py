@@ -70,7 +70,7 @@ ANSWERS: list[tuple[str, dict[str, int], float]] = [
     ("two", {"2": 5, "two": 3, "3": 2}, 1.0),
     ("a dog", {"dog": 3, "the dog": 2, "puppy": 5}, 1.0),
     ("dont know", {"don't know": 2, "unknown": 8}, 0.6),
-    ("10,000", {"10000": 4, "10,000": 6}, 1.0),
+    ("10,000", {"10000": 8, "10,000": 2}, 1.0),
     ("red/white", {"red white": 3, "red and white": 7}, 0.9),
     ("t-shirt", {"t shirt": 5, "tshirt": 5}, 1.0),
     ("none", {"0": 7, "zero": 3}, 1.0),
@@ -136,6 +136,14 @@ def test_short_captions() -> None:
     assert found == pytest.approx({"CIDEr": 0, "BLEU-4": 1e-6**0.25, "exact": 1})
 
 
+def test_lengths_of_captions() -> None:
+    """BLEU-4 takes the length of the nearest right caption, not of the shortest; the number is pycocoevalcap's."""
+    first = ["a red star on a blue field", "a star on it", "two red stars are near a blue circle and a ring"]
+    second = ["one big green ring", "a ring is over the large orange star there"]
+    asked = [("a", "caption en", first, "a red star on a blue"), ("b", "caption en", second, "one big green")]
+    assert values(measured(asked)["caption"])["BLEU-4"] == pytest.approx(0.8007374026702321, abs=1e-9)
+
+
 @pytest.mark.parametrize(("answer", "answers", "expected"), ANSWERS)
 def test_vqa_accuracy(answer: str, answers: dict[str, int], expected: float) -> None:
     people = [one for one, count in answers.items() for _ in range(count)]
@@ -163,13 +171,14 @@ def test_read_text() -> None:
             ("c", "ocr", [""], ""),
             ("d", "ocr", ["lost"], None),
             ("e", "ocr", ["LOUD"], "loud"),
+            ("f", "ocr", ["stop"], "shut"),
         ]
     )["ocr"]
     found = values(result)
-    assert (found["word precision"], found["word recall"], found["word F1"]) == (3 / 6, 3 / 7, 6 / 13)
-    assert found["ANLS"] == pytest.approx((14 / 15 + 4 / 7 + 1 + 0 + 1) / 5)
-    assert found["exact"] == 1 / 5
-    assert result["pictures"] == pytest.approx({"a": 2 / 3, "b": 1 / 2, "c": 1, "d": 0, "e": 0})
+    assert (found["word precision"], found["word recall"], found["word F1"]) == (3 / 7, 3 / 8, 6 / 15)
+    assert found["ANLS"] == pytest.approx((14 / 15 + 4 / 7 + 1 + 0 + 1 + 0) / 6)
+    assert found["exact"] == 1 / 6
+    assert result["pictures"] == pytest.approx({"a": 2 / 3, "b": 1 / 2, "c": 1, "d": 0, "e": 0, "f": 0})
 
 
 @given(st.lists(st.tuples(*[st.text("ab ä.", min_size=1).filter(str.strip)] * 2), min_size=1))
