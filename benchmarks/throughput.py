@@ -59,13 +59,17 @@ def make_pictures(folder: Path, count: int) -> None:
 
 def seconds(name: str, folder: Path, out: Path, weights: Path, imgsz: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "benchmarks.contenders", name, folder, out, weights, str(imgsz)]
+    return timed("benchmarks.contenders", name, folder, out, weights, imgsz, printed=name == "limit")
+
+
+def timed(module: str, *arguments: object, printed: bool) -> float:
+    """Seconds that a contender takes as a process of its own, or with `printed` those that it says itself."""
     started = time.perf_counter()
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
     spent = time.perf_counter() - started
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.split()[-1]) if name == "limit" else spent
+        sys.exit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr[-3000:]}")
+    return float(done.stdout.split()[-1]) if printed else spent
 
 
 def main() -> None:

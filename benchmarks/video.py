@@ -9,10 +9,7 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import av
 import cv2
 import numpy as np
 
-from benchmarks.throughput import conditions
+from benchmarks.throughput import conditions, timed
 from benchmarks.video_contenders import HEIGHT, TASKS, WIDTH
 from demo.run import WEIGHTS, photographs
 
@@ -61,13 +58,7 @@ def make_clips(folder: Path, count: int, length: int) -> None:
 
 def seconds(task: str, name: str, folder: Path, out: Path, weights: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "benchmarks.video_contenders", task, name, folder, out, weights]
-    started = time.perf_counter()
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    spent = time.perf_counter() - started
-    if done.returncode:
-        sys.exit(f"{task}, {name} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.split()[-1]) if name == "decoding" else spent
+    return timed("benchmarks.video_contenders", task, name, folder, out, weights, printed=name == "decoding")
 
 
 def main() -> None:

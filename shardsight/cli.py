@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from shardsight.errors import UsageError
@@ -29,32 +30,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def annotate(arguments: list[str] | None = None, command: str = "python -m jobs.annotate") -> int:
     """Run the job as its command line says; returns the exit code of the contract: 0, 1, 2, 3 or 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        from shardsight.settings import help_text
-
-        print(help_text(command))
-        return 0
-    return _interruptible(_annotate, arguments)
+    return _run(_annotate, arguments, command, "shardsight.settings")
 
 
 def evaluate(arguments: list[str] | None = None, command: str = "python -m jobs.evaluate") -> int:
     """Evaluate models as the command line says; returns the exit code of the contract: 0, 1, 2 or 130."""
+    return _run(_evaluate, arguments, command, "shardsight.evaluation.request")
+
+
+def _run(
+    run: Callable[[list[str], str], int], arguments: list[str] | None, command: str, help: str | None = None
+) -> int:
+    """A command, whose interrupts and wrong requests are told by its exit code. help: the module of its `help_text`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        from shardsight.evaluation.request import help_text
-
-        print(help_text(command))
+    if help and {"-h", "--help"} & set(arguments):
+        print(import_module(help).help_text(command))
         return 0
-    return _interruptible(_evaluate, arguments)
-
-
-def _interruptible(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in before:  # what a scheduler sends first is an interrupt, too
         signal.signal(kind, _interrupt)
     try:
-        return run(arguments)
+        return run(arguments, command)
+    except UsageError as error:
+        print(f"shardsight: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # before there was a job
         return 130
     finally:
@@ -63,7 +62,7 @@ def _interruptible(run: Callable[[list[str]], int], arguments: list[str]) -> int
                 signal.signal(kind, handler)
 
 
-def _annotate(arguments: list[str]) -> int:
+def _annotate(arguments: list[str], command: str) -> int:
     from rich.console import Console
 
     from shardsight import cluster
@@ -84,9 +83,6 @@ def _annotate(arguments: list[str]) -> int:
     except JobError as error:
         made, code = error.job, 1
         said = f"{error}; nothing finished is lost, and the same command goes on from here"
-    except UsageError as error:
-        print(f"shardsight: {error}", file=sys.stderr)
-        return 2
     finally:
         if alone:
             cluster.leave()
@@ -96,7 +92,7 @@ def _annotate(arguments: list[str]) -> int:
     return code
 
 
-def _evaluate(arguments: list[str]) -> int:
+def _evaluate(arguments: list[str], command: str) -> int:
     from rich.console import Console
 
     from shardsight import cluster
@@ -116,9 +112,6 @@ def _evaluate(arguments: list[str]) -> int:
         )
         print(f"shardsight: {error.job.out}: {error}{resumable}", file=sys.stderr)
         return 130 if isinstance(error, JobInterrupted) else 1
-    except UsageError as error:
-        print(f"shardsight: {error}", file=sys.stderr)
-        return 2
     finally:
         if alone:
             cluster.leave()
@@ -147,8 +140,7 @@ def show(arguments: list[str] | None = None, command: str = "python -m jobs.show
 
 def convert(arguments: list[str] | None = None, command: str = "python -m jobs.convert") -> int:
     """Write a job's results in another tool's format and print where; returns the exit code: 0, 2 or 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return _interruptible(lambda arguments: _convert(arguments, command), arguments)
+    return _run(_convert, arguments, command)
 
 
 def _convert(arguments: list[str], command: str) -> int:
@@ -172,11 +164,7 @@ def _convert(arguments: list[str], command: str) -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier conversion in DIR")
     _add_storage(parser)
     args = vars(parser.parse_args(arguments))
-    try:
-        report = convert(**args | {"storage": _storage(args["storage"])})
-    except UsageError as error:
-        print(f"shardsight: {error}", file=sys.stderr)
-        return 2
+    report = convert(**args | {"storage": _storage(args["storage"])})
     converted(report, Console(stderr=True))
     print(args["output"])
     return 0
@@ -204,12 +192,7 @@ by a fault, 2 the request is wrong, 3 done and some exports failed, 130 interrup
 
 def export(arguments: list[str] | None = None, command: str = "python -m jobs.export") -> int:
     """Export a YOLO as the command line says; returns the exit code of the contract: 0, 1, 2, 3 or 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-
-    def run(arguments: list[str]) -> int:
-        return _export(arguments, command)
-
-    return _interruptible(run, arguments)
+    return _run(_export, arguments, command)
 
 
 def _export(arguments: list[str], command: str) -> int:
@@ -230,9 +213,6 @@ def _export(arguments: list[str], command: str) -> int:
         storage = _storage(args["storage"])
         given = {name: value for name, value in options.items() if value not in (None, False)}
         made = run(Request(**args | several | paths | {"data": data, "storage": storage, "options": given}), console)
-    except UsageError as error:
-        print(f"shardsight: {error}", file=sys.stderr)
-        return 2
     except (JobInterrupted, JobError) as error:
         print(f"shardsight: {error}; the exports are there", file=sys.stderr)
         return 130 if isinstance(error, JobInterrupted) else 1

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from shardsight import truth
-from shardsight.decode.pictures import ENDINGS
 from shardsight.errors import UsageError
 from shardsight.models.info import ModelError
 from shardsight.models.staging import stage
@@ -27,6 +26,7 @@ from shardsight.models.yolo.formats import FORMATS, PRECISIONS, missing
 from shardsight.sources import absolute
 from shardsight.sources.files import fetch
 from shardsight.storage import Storage, StorageError, explain, is_remote
+from shardsight.truth.yolo import pictures_in
 
 RECORD = "export.json"
 CALIBRATED = 300  # pictures, as ultralytics recommends
@@ -293,23 +293,19 @@ def _calibration(
     if not request.data or all(precision in WHOLE for _, precision in pairs):
         yield None
         return
-    uris = [sample.id for sample in labelled.samples] if labelled else _pictures(request.data, store)
+    uris = [sample.id for sample in labelled.samples] if labelled else pictures_in(request.data, store)
     chosen = [uris[index] for index in np.unique(np.linspace(0, len(uris) - 1, CALIBRATED).astype(int))] if uris else []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        count = 0
-        for uri in chosen:
+        pictures = root / "train" / "any"
+        pictures.mkdir(parents=True)
+        (root / "val").symlink_to("train")  # ultralytics asks for both
+        for number, uri in enumerate(chosen):
             ending = os.path.splitext(uri)[1].lower() or ".jpg"
-            for split in ("train", "val"):
-                path = root / split / "any" / f"{count:06}{ending}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    path.write_bytes(fetch(uri, store))
-                except (OSError, ValueError, StorageError):
-                    break
-            else:
-                count += 1
-        if not count:
+            with suppress(OSError, ValueError, StorageError):
+                data = fetch(uri, store)
+                (pictures / f"{number:06}{ending}").write_bytes(data)
+        if not any(pictures.iterdir()):
             raise UsageError(f"--data {request.data} holds no picture that can be read: int8 is calibrated on some")
         if task == "classify":
             yield str(root)
@@ -317,10 +313,6 @@ def _calibration(
         content = {"path": str(root), "train": "train/any", "val": "val/any", "names": {0: "any"}}
         (root / "data.yaml").write_text(yaml.safe_dump(content))
         yield str(root / "data.yaml")
-
-
-def _pictures(folder: str, store: Storage) -> list[str]:
-    return [entry.uri for entry in store.walk(folder) if os.path.splitext(entry.uri)[1].lower() in ENDINGS]
 
 
 def _publish(folder: Path, request: Request, store: Storage) -> None:

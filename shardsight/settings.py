@@ -346,16 +346,25 @@ def _config(arguments: list[str]) -> dict[str, Any]:
         raise UsageError(f"{error}; see --help") from None
     if path is None:
         return {}
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise UsageError(f"--config {path} does not exist: check the name") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} holds no settings: write NAME: VALUE, one a line")
+    content = read_yaml("--config", path, "holds no settings: write NAME: VALUE, one a line")
     content = content.get("configuration", content)  # an earlier job.json
     return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def read_yaml(flag: str, path: str, empty: str, instead: str = "") -> dict[Any, Any]:
+    """A YAML file of names and values. empty: what is said of one that has none; instead: what else may be given.
+
+    Raises UsageError.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{flag} {path} does not exist: check the name{instead}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{flag} {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{flag} {path} {empty}")
+    return content
 
 
 def _sentence(error: ValidationError, flag: str = "--") -> str:

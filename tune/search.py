@@ -18,14 +18,13 @@ from ray.tune.search.optuna import OptunaSearch
 from shardsight.errors import UsageError
 from tune.space import Range, Space
 
-SEARCHES = ("optuna", "random", "grid", "genetic")
-SCHEDULERS = ("asha", "pbt", "median", "none")
 TIME = "epoch"  # what schedulers count
 _AT_START = ("model", "imgsz", "batch")  # what a training cannot change halfway
 
 
 def searcher(name: str, space: Space, seed: int, evolution: Any = None) -> Any:
-    """One of SEARCHES. evolution: for genetic, proposes hyperparameters from a history (training.Evolution)."""
+    """name: optuna, random, grid or genetic. evolution: for genetic, proposes hyperparameters from a history
+    (training.Evolution)."""
     if not space.ranges or name in ("random", "grid"):
         return BasicVariantGenerator(random_state=np.random.RandomState(seed))
     if name == "genetic":
@@ -46,7 +45,7 @@ def param_space(name: str, space: Space) -> dict[str, Any]:
 
 
 def scheduler(name: str, space: Space, epochs: int) -> TrialScheduler:
-    """One of SCHEDULERS, for trials of so many epochs. Raises UsageError."""
+    """name: asha, pbt, median or none; for trials of so many epochs. Raises UsageError."""
     grace = max(1, epochs // 8)
     if name == "asha":
         # One more than there are, so that a trial's last epoch is its own end.

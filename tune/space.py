@@ -3,12 +3,12 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shardsight.errors import UsageError
+from shardsight.settings import read_yaml
 
 _FORMS = "`uniform LOW HIGH`, `loguniform LOW HIGH`, `int LOW HIGH` or `choice A B ...`"
 
@@ -59,14 +59,8 @@ class Space:
 
 def load_space(path: str) -> dict[str, Any]:
     """What a YAML file says of hyperparameters, one a line. Raises UsageError."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"--space {path} does not exist: check the name, or write `none` to search nothing") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--space {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--space {path} holds no hyperparameters: write NAME: {_FORMS}, one a line")
+    empty = f"holds no hyperparameters: write NAME: {_FORMS}, one a line"
+    content = read_yaml("--space", path, empty, ", or write `none` to search nothing")
     return {str(name): value for name, value in content.items()}
 
 

@@ -64,7 +64,7 @@ def _split(path: str, content: Mapping[str, Any], storage: Storage, faults: Faul
     root, given = _root(path, content, storage), content[split]
     uris = dict[str, None]()
     for one in map(str, given if isinstance(given, list) else [given]):
-        found = _pictures(_inside(root, one, storage), storage)
+        found = pictures_in(_inside(root, one, storage), storage)
         if not found:
             raise UsageError(f"{path}: there are no pictures in {split}: {one}")
         for uri in found:
@@ -86,7 +86,7 @@ def _inside(root: str, given: str, storage: Storage) -> str:
 def read_folder(path: str, storage: Storage) -> Truth:
     """A folder of classes, or its `val` or `test`. Raises UsageError."""
     base = next((f"{path}/{one}" for one in ("val", "test") if storage.is_folder(f"{path}/{one}")), path)
-    everything, faults = _pictures(base, storage), Faults()
+    everything, faults = pictures_in(base, storage), Faults()
     uris = [uri for uri in everything if "/" in uri.removeprefix(f"{base}/")]
     for uri in set(everything) - set(uris):
         faults.add(NO_CLASS, uri)
@@ -106,7 +106,7 @@ def _root(path: str, content: Mapping[str, Any], storage: Storage) -> str:
     return given if storage.is_folder(given) else folder
 
 
-def _pictures(uri: str, storage: Storage) -> list[str]:
+def pictures_in(uri: str, storage: Storage) -> list[str]:
     """Those of a folder, or of a text file that lists them."""
     uri = uri if is_remote(uri) else absolute(uri)
     if uri.endswith(".txt"):

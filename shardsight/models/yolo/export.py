@@ -20,7 +20,7 @@ _BLOCKED = ("MNN.tools.utils.log", "openvino_telemetry")
 
 
 def export(weights: Path, target: Path, format: str, precision: str, options: dict[str, Any]) -> Path:
-    """Export a .pt file; returns the file or folder, `target` with the ending of the format.
+    """Export a .pt file that `info.inspect` has accepted; returns the file or folder, `target` with an ending.
 
     target: its folder and the start of its name. options: of ultralytics' `export`, besides format and precision.
     Raises ModelError with the exporter's reason.
@@ -56,11 +56,9 @@ def _run(weights: str, format: str, quantize: int | str, options: dict[str, Any]
     sys.modules.update(dict.fromkeys(_BLOCKED))  # type: ignore[arg-type]
     import torch
 
-    from shardsight.models.yolo.load import load
     from shardsight.models.yolo.ultralytics_import import YOLO
 
     device = 0 if torch.cuda.is_available() else "cpu"
-    load(Path(weights), None, "cpu")  # refuses what is no YOLO of a task that is computed here
     return str(YOLO(weights).export(format=format, quantize=quantize, device=device, **options))
 
 
