@@ -6,12 +6,27 @@ of the pictures that go to the larger one, by the height that the smallest word 
 
 import argparse
 
-from demo.paligemma_data import word_box
-from demo.scenes import Scene, scenes
+import cv2
+import numpy as np
+
+from demo.scenes import Scene, Shape, scenes
 from shardsight.models.paligemma.routing import lost
 
 SIZES = 224, 448
 HEIGHTS = {"below 10 px": (0, 10), "10 to 14 px": (10, 14), "above": (14, 224), "no word": (224, 1e9)}
+
+
+def word_box(shape: Shape, width: int, height: int) -> tuple[float, float, float, float] | None:
+    """Where scenes.py printed the word, x1, y1, x2, y2 in 0 to 1, from the same sizes; None without one."""
+    if shape.word is None:
+        return None
+    (x, y), top = shape.keypoints[0, :2], shape.keypoints[1, :2]
+    side = float(np.hypot(*(top - (x, y)))) / (0.45 if shape.kind == "square" else 0.5)
+    room = {"square": 0.7, "circle": 0.7, "cross": 0.8}[shape.kind]
+    (w, h), _ = cv2.getTextSize(shape.word, cv2.FONT_HERSHEY_DUPLEX, 1, 1)
+    scale = min(room * side / w, (0.28 if shape.kind == "cross" else 0.5) * side / h)
+    w, h = w * scale / 2, h * scale / 2
+    return (x - w) / width, (y - h) / height, (x + w) / width, (y + h) / height
 
 
 def height(scene: Scene) -> float:

@@ -105,25 +105,6 @@ def _question(shapes: Sequence[Seen], about: str, rng: np.random.Generator) -> s
     raise ValueError(f"no question is about {about!r}: expected one of {', '.join(QUESTIONS)}")
 
 
-def about(prefix: str, shapes: Sequence[Seen]) -> list[Seen]:
-    """The shapes that an answer names, in its order; empty where it is about all of them, as a number is."""
-    form, *rest = prefix.split()
-    if form == "caption":
-        return [_largest(shapes)]
-    if form == "ocr":
-        return _spoken(shapes)
-    if form in ("detect", "segment"):
-        return [shape for shape in downwards(shapes) if shape.kind in rest]
-    match rest[1:]:
-        case ["what", "colour", "is", "the", kind]:
-            return [shape for shape in shapes if shape.kind == kind]
-        case ["what", "shape", "is", colour]:
-            return [shape for shape in shapes if shape.colour == colour]
-        case ["what", "word", "is", "on", "the", colour, kind]:
-            return [shape for shape in shapes if (shape.colour, shape.kind) == (colour, kind)][:1]
-    return []
-
-
 def expected(prompt: str, shapes: Sequence[Seen]) -> str | None:
     """The right text for `caption en`, `ocr` or one of the questions of `ask`; None where there is none."""
     if prompt == "caption en":

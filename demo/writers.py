@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
-from PIL import Image
 from pycocotools import mask as rle
 
 from demo.questions import questions, seen
@@ -35,11 +34,20 @@ def write(scenes: Iterable[Scene], out: Path, format: str, task: str = "detect")
     out.mkdir(parents=True, exist_ok=True)
     if format == "yolo":
         _write_yolo(scenes, out, task)
+        _write_data_yaml(out, task, "images", "images")
     else:
         {
             **{"folder": _write_folder, "tar": _write_tar, "parquet": _write_parquet, "coco": _write_coco},
             "paligemma": _write_paligemma,
         }[format](scenes, out)
+
+
+def write_splits(train: Iterable[Scene], val: Iterable[Scene], out: Path, task: str = "detect") -> None:
+    """Write an ultralytics data set to train on: train/, val/ and data.yaml, which names both; for classify no yaml."""
+    for name, part in (("train", train), ("val", val)):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        _write_yolo(part, out / name, task)
+    _write_data_yaml(out, task, "train/images", "val/images")
 
 
 def jpeg(scene: Scene) -> bytes:
@@ -68,16 +76,6 @@ def coco_rle(mask: np.ndarray) -> dict[str, Any]:
     """bool (H, W) → {"size": [H, W], "counts": str}, COCO's compressed RLE."""
     encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
-
-
-def mask_crops(scene: Scene) -> np.ndarray:
-    """uint8 (n, 64, 64): each shape's visible part within its box, resized with antialiasing."""
-    crops = []
-    for shape in scene.shapes:
-        x1, y1, x2, y2 = shape.box
-        crop = Image.fromarray(shape.mask[y1:y2, x1:x2].astype(np.uint8) * 255)
-        crops.append(np.array(crop.resize((64, 64), Image.Resampling.BILINEAR)))
-    return np.stack(crops)
 
 
 def _write_folder(scenes: Iterable[Scene], out: Path) -> None:
@@ -153,7 +151,7 @@ def coco(scenes: Iterable[Scene]) -> dict[str, Any]:
 
 
 def _write_paligemma(scenes: Iterable[Scene], out: Path) -> None:
-    from demo.train_masks import MaskEncoder  # needs torch, which nothing else here does
+    from shardsight.models.paligemma.masks import MaskEncoder, crop  # needs torch, which nothing else here does
 
     encoder = MaskEncoder.load(_MASKS)
     (out / "images").mkdir(exist_ok=True)
@@ -162,7 +160,8 @@ def _write_paligemma(scenes: Iterable[Scene], out: Path) -> None:
             image = f"images/{scene.name}.jpg"
             (out / image).write_bytes(jpeg(scene))
             shapes = seen(scene)
-            codes = encoder.encode(mask_crops(scene) / np.float32(255))
+            cuts = [crop(shape.mask, shape.box) for shape in scene.shapes]
+            codes = encoder.encode(np.stack([cut for cut in cuts if cut is not None]))
             rng = np.random.default_rng(number)
             for prefix, suffix in questions(shapes, list(codes), rng):
                 lines.write(json.dumps({"image": image, "prefix": prefix, "suffix": suffix}) + "\n")
@@ -181,10 +180,13 @@ def _write_yolo(scenes: Iterable[Scene], out: Path, task: str) -> None:
             label.write_text("".join(_yolo_line(shape, scene, task) + "\n" for shape in scene.shapes))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(jpeg(scene))
-    if task != "classify":
+
+
+def _write_data_yaml(out: Path, task: str, train: str, val: str) -> None:
+    if task != "classify":  # whose classes are folders
         names = "".join(f"  {index}: {kind}\n" for index, kind in enumerate(KINDS))
         pose = f"kpt_shape: [{len(KEYPOINTS)}, 3]\nflip_idx: [0, 1, 4, 3, 2]\n" if task == "pose" else ""
-        (out / "data.yaml").write_text(f"train: images\nval: images\n{pose}names:\n{names}")
+        (out / "data.yaml").write_text(f"train: {train}\nval: {val}\n{pose}names:\n{names}")
 
 
 def _yolo_line(shape: Shape, scene: Scene, task: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from shardsight import cluster
 from shardsight.decode.frames import default_fatal_signals
 from shardsight.models.info import ModelDied
 from shardsight.row import without_frames
@@ -18,16 +19,20 @@ class Stage:
     """A model of the flow, in a pool of actors.
 
     name: `yolo`, `paligemma`, or `paligemma 448` of a further resolution. arguments: of its class. actors: least and
-    most. cpus, gpus: what Ray reserves for one. threads: that it computes with. last: no model comes after it.
+    most; without a most, as many as the cluster comes to have room for. initial: how many there are at the start. cpus,
+    gpus: what Ray reserves for one. threads: that it computes with. last: no model comes after it. labels: of the nodes
+    that it may run on.
     """
 
     name: str
     arguments: dict[str, Any]
-    actors: tuple[int, int]
+    actors: tuple[int, int | None]
+    initial: int
     cpus: float
     gpus: float
     threads: int
     last: bool = True
+    labels: dict[str, str] | None = None
 
     @property
     def tracks(self) -> bool:
@@ -37,6 +42,16 @@ class Stage:
     @property
     def kind(self) -> str:
         return self.name.partition(" ")[0]
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What Ray reserves for one of its processes, by the names of Ray's resources."""
+        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same, as options of a Ray actor."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "label_selector": self.labels}
 
 
 class Annotator:
@@ -65,30 +80,45 @@ class Annotator:
             os._exit(1)  # Ray starts another process, and gives it the same table
 
 
-def plan(models: dict[str, dict[str, Any]], actors: dict[str, str | None], gpus_per_actor: float | None) -> list[Stage]:
-    """Models' arguments by name → stages, sized to the cluster, of which each gets its share: an actor a GPU; without
-    one, an actor four threads, of which one is left to decoding."""
-    cpus, gpus = int(ray.cluster_resources().get("CPU", 1)), ray.cluster_resources().get("GPU", 0.0)
+def plan(
+    models: dict[str, dict[str, Any]],
+    actors: dict[str, str | None],
+    gpus_per_actor: float | None,
+    labels: dict[str, str] | None = None,
+) -> list[Stage]:
+    """Models' arguments by name → stages, sized to the nodes with these labels, of which each gets its share: an actor
+    a GPU; without one, an actor four threads, of which one is left to decoding.
+
+    On a cluster that the job joins, nodes may come and go. A pool then has as many actors as it finds GPUs for. Without
+    GPUs it does not grow, as its actors and decoding would take each other's CPUs; but it shrinks while its actors have
+    nothing to do, as those that Ray restarts from a node that died may leave decoding no CPU.
+    """
+    nodes = cluster.nodes(labels)
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     share = (min(1.0, gpus / len(models)) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
-    threads = min(cpus, 4)
-    count = max(1, int(gpus // (share * len(models))) if share else cpus // (threads * len(models)))
-    reserved = float(cpus > count * len(models)) if share else (threads - 1) / len(models)
+    largest = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
+    threads = min(largest, 4) or 4
+    if share:
+        count = max(1, int(gpus // (share * len(models))))
+        reserved = float(cpus > count * len(models))
+    else:
+        count = max(1, int(cpus // (threads * len(models))))
+        # Reading keeps a CPU, also where other jobs hold some: it would wait for actors that wait for it.
+        free = cluster.free_cpus() if cpus else 2.0
+        reserved = max(0.0, min(threads - 1.0, (free - 1) / count) / len(models))
+    least, most = (count, count) if cluster.private() else (1, None if share else count)
     stages = []
     for name, arguments in models.items():
-        stage = Stage(name, arguments, (count, count), reserved, share, threads, name == list(models)[-1])
+        last = name == list(models)[-1]
+        stage = Stage(name, arguments, (least, most), count, reserved, share, threads, last, labels)
         low, _, high = (actors[stage.kind] or "").partition(":")
-        stages.append(replace(stage, actors=(int(low), int(high or low))) if low else stage)
+        stages.append(replace(stage, actors=(int(low), int(high or low)), initial=int(low)) if low else stage)
     return stages
 
 
-def processes(stages: list[Stage]) -> dict[str, int]:
-    """Stage → how many processes may compute it; reading and decoding are one, on the CPUs that are left."""
-    free = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.actors[0] for stage in stages)
-    decoders = max(1, int(free))
-    found = {"read": decoders, "decode": decoders}
-    for stage in stages:
-        found[stage.kind] = found.get(stage.kind, 0) + stage.actors[1]
-    return found
+def decoders(stages: list[Stage]) -> int:
+    """How many processes read and decode at once: as many as the models leave CPUs."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)))
 
 
 def gpu_memory(gpus: float) -> float:

@@ -1,13 +1,17 @@
 """The Ray that a job runs on, joined or started."""
 
+import json
 import logging
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from shardsight.errors import UsageError
+
+_started = False  # the Ray that this process is connected to
 
 
 def join(verbose: bool = False) -> bool:
@@ -16,6 +20,7 @@ def join(verbose: bool = False) -> bool:
 
     verbose: show what Ray and the workers log.
     """
+    global _started
     if joined():
         return False
     import ray
@@ -23,8 +28,7 @@ def join(verbose: bool = False) -> bool:
     with nullcontext() if verbose else _silent():  # Ray warns of several clusters on one machine
         address = living_cluster()
     # Workers of a cluster of our own inherit the environment; with a runtime_env, Ray would start them all anew.
-    stores = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
-    environment = {} if address == "local" else stores
+    environment = {} if address == "local" else _credentials()
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray logs each of its retries otherwise
     try:
@@ -42,7 +46,19 @@ def join(verbose: bool = False) -> bool:
         import ray.data  # which configures its logging when it is imported
 
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    return address == "local"
+    _started = address == "local"
+    return _started
+
+
+def _credentials() -> dict[str, str]:
+    """Variables of this process by which workers can use its stores. Ray refuses those that `ray job submit` was given
+    for the job, and gives them to the workers itself."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and name not in submitted.get("env_vars", {})
+    }
 
 
 @contextmanager
@@ -66,8 +82,10 @@ def joined() -> bool:
 
 def leave() -> None:
     """Disconnect from Ray; what `join` started ends."""
+    global _started
     if joined():
         sys.modules["ray"].shutdown()
+        _started = False
 
 
 def living_cluster() -> str:
@@ -93,6 +111,79 @@ def living_cluster() -> str:
             ) from None
         return "local"  # what an earlier `ray start` left behind
     return address
+
+
+def private() -> bool:
+    """Whether this process has started the Ray that it is connected to."""
+    return _started
+
+
+def nodes(labels: dict[str, str] | None = None) -> list[dict[str, float]]:
+    """The resources of each node that is alive and has these labels."""
+    import ray
+
+    wanted = (labels or {}).items()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and wanted <= node["Labels"].items()]
+
+
+def free_cpus() -> float:
+    """How many CPUs of the cluster nobody has reserved."""
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+def dead() -> int:
+    """How many nodes of the cluster have died so far."""
+    import ray
+
+    return sum(not node["Alive"] for node in ray.nodes())
+
+
+def waiting(requests: list[dict[str, float]], labels: dict[str, str] | None = None) -> str:
+    """What of these requests Ray has no room for yet, as "waiting for 1 GPU; the cluster has 0 of 2 free, and 1 node is
+    starting". Empty if all are placed. labels: of the nodes that they may be placed on.
+
+    Raises UsageError for what no node has, and no autoscaler will start a node for.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    status = GetClusterStatusReply()
+    status.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    pending = [one.request for one in status.cluster_resource_state.pending_resource_requests if one.count]
+    missing = [request for request in requests if any(_same(request, one) for one in pending)]
+    if not missing:
+        return ""
+    scaling, there = status.autoscaling_state, nodes(labels)
+    for request in missing:
+        fits = any(all(node.get(name, 0.0) >= amount for name, amount in request.items()) for node in there)
+        refused = any(_same(request, one) for one in scaling.infeasible_resource_requests)
+        if not fits and (refused or not scaling.autoscaler_state_version):
+            where = "".join(f" with {name}={value}" for name, value in (labels or {}).items())
+            raise UsageError(
+                f"no node{where} of the Ray cluster has {_amounts(request)}, and none will be started: add one, or "
+                "choose another --gpus-per-actor"
+            )
+    free = ray.available_resources()
+    names = sorted({name for request in missing for name in request})
+    has = ", ".join(
+        f"{free.get(name, 0.0):g} of {sum(node.get(name, 0.0) for node in there):g} {name}" for name in names
+    )
+    starting = sum(one.count for one in scaling.pending_instance_requests) + len(scaling.pending_instances)
+    coming = f", and {starting} node{'s are' if starting > 1 else ' is'} starting" if starting else ""
+    return f"waiting for {_amounts(max(missing, key=len))}; the cluster has {has} free{coming}"
+
+
+def _amounts(request: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in sorted(request.items()))
+
+
+def _same(request: dict[str, float], other: Any) -> bool:
+    """Whether a request of Ray's own protocol is for these amounts."""
+    bundle = {name: round(amount, 4) for name, amount in other.resources_bundle.items() if amount}
+    return bundle == {name: round(amount, 4) for name, amount in request.items()}
 
 
 def _why_not(address: str, error: Exception) -> str:

@@ -16,7 +16,7 @@ from shardsight.decode.pictures import decode
 from shardsight.errors import UsageError
 from shardsight.originals import CHANGED, Originals
 from shardsight.results.coverage import Coverage
-from shardsight.results.formats import coco, fiftyone, huggingface, labelstudio, mot, voc, webdataset, yolo
+from shardsight.results.formats import coco, fiftyone, huggingface, labelstudio, mot, paligemma, voc, webdataset, yolo
 from shardsight.results.formats.sample import Contents, Picture, Report, Sample
 from shardsight.results.formats.target import Target
 from shardsight.results.selection import Samples, Selection, survey
@@ -57,6 +57,7 @@ FORMATS = {
     "voc": Format(voc.write, classes=False, splits=True),
     "webdataset": Format(webdataset.write, files=False),
     "huggingface": Format(huggingface.write, splits=True, files=False),
+    "paligemma": Format(paligemma.write, classes=False, splits=True),
 }
 
 

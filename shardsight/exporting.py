@@ -18,7 +18,7 @@ from rich.table import Table
 
 from shardsight import truth
 from shardsight.errors import UsageError
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.yolo import info as yolo
 from shardsight.models.yolo.export import export as export_one
@@ -99,7 +99,7 @@ def _points(share: float | None, sign: str = "") -> str:
 @dataclass(frozen=True)
 class Request:
     """options: of ultralytics' export. rounds: in which speed is measured. data: labelled pictures, or a folder of
-    pictures to calibrate with."""
+    pictures to calibrate with. compare: whether labelled pictures also compare the exports with the original."""
 
     model: str
     output: str
@@ -112,6 +112,7 @@ class Request:
     rounds: int = 5
     overwrite: bool = False
     storage: dict[str, str] = field(default_factory=dict)
+    compare: bool = True
 
     def pairs(self) -> list[tuple[str, str]]:
         """(format, precision), of which "" is the format's own first; a precision that a format lacks is left out.
@@ -201,7 +202,7 @@ def run(request: Request, console: Console | None = None) -> Exports:
                     made.exports.append(_one(weights, target, name, precision, request, calibration))
             _publish(Path(temporary), request, store)
         _record(made, asked, store)  # before the comparison, with which the same command goes on
-    if labelled:
+    if labelled and request.compare:
         _compare(made, request, console)
         _record(made, asked, store)
     return made
@@ -213,7 +214,7 @@ def _record(made: Exports, asked: dict[str, Any], store: Storage) -> None:
 
 def _weights(model: str, store: Storage) -> tuple[Path, yolo.YoloInfo]:
     """Raises ModelError."""
-    path = stage(model, store) if is_remote(model) else Path(model)
+    path = weights_of(Path(stage(model, store) if is_remote(model) else model))
     info = yolo.inspect(str(path))
     if path.suffix.lower() != ".pt":
         raise ModelError(f"{model} is an export already: give the .pt file that it was made from")

@@ -64,16 +64,19 @@ def only_deaths() -> Iterator[None]:
 def isolated(blocks: Dataset, load: Load, stages: Sequence[Stage]) -> Dataset:
     """Tables of a unit each → annotated rows, by Isolate."""
 
+    labels = stages[0].labels
+
     def start(stage: Stage) -> Any:
-        return ray.remote(Annotator).options(num_cpus=stage.cpus, num_gpus=stage.gpus).remote(stage, True)
+        return ray.remote(Annotator).options(**stage.options).remote(stage, True)
 
     return blocks.map_batches(
         Isolate,
-        fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages], stages[0].tracks),
-        compute=ActorPoolStrategy(min_size=1, max_size=max(stage.actors[1] for stage in stages)),
+        fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages], stages[0].tracks, labels),
+        compute=ActorPoolStrategy(min_size=1, max_size=max(stage.initial for stage in stages)),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0,
+        label_selector=labels,
     )
 
 
@@ -81,11 +84,17 @@ class Isolate:
     """Units → rows. It has processes of its own: one that reads and decodes, and an actor for each of `models`.
 
     models: (stage, what starts it), in the order in which a row meets them. tracks: the first of them keeps identities
-    through a video, so that a video ends where it kills that process.
+    through a video, so that a video ends where it kills that process. labels: of the nodes where reading may run.
     """
 
-    def __init__(self, load: Load, models: Sequence[tuple[str, Callable[[], Any]]], tracks: bool = False) -> None:
-        self.load, self.start, self.tracks = load, models, tracks
+    def __init__(
+        self,
+        load: Load,
+        models: Sequence[tuple[str, Callable[[], Any]]],
+        tracks: bool = False,
+        labels: dict[str, str] | None = None,
+    ) -> None:
+        self.load, self.start, self.tracks, self.labels = load, models, tracks, labels
         self.models: dict[int, Any] = {}
         self.dead = 0  # records in a row
 
@@ -122,7 +131,7 @@ class Isolate:
 
     def rows(self, reading: "_Reading") -> Iterator[pa.Table]:
         """The rows of the unit, until its reader dies or, with tracking, a process that has followed a video so far."""
-        for item in _one_by_one.remote(reading.unit, self.load):
+        for item in _one_by_one.options(label_selector=self.labels).remote(reading.unit, self.load):
             content = ray.get(item)
             if isinstance(content, Record):
                 reading.begin(content)

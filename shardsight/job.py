@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pyarrow.dataset as ds
 
 from shardsight import settings as requests
+from shardsight.bottleneck import Use
 from shardsight.errors import Fault, UsageError
 from shardsight.models import selection
 from shardsight.models.selection import ModelInfos
@@ -27,7 +28,8 @@ from shardsight.settings import Settings
 from shardsight.sources import Listing, absolute
 from shardsight.storage import Storage, StorageError, explain
 
-# A second pass over what the first lost because a process died; a third that isolates each record.
+# A second pass over what the first lost because a process died; a third that isolates each record. What was lost with
+# a node is no record's fault: such a pass does not count, if it got on.
 PASSES = ("all", "all", "isolated")
 # Seconds of retries while inputs are listed: a wrong address stays wrong.
 FIRST_RETRIES = 20.0
@@ -43,6 +45,12 @@ class Watcher(Protocol):
 
     def add(self, rows: int, errors: int, total: int | None) -> None:
         """So many more rows were computed, and so many errors written."""
+
+    def use(self, line: str) -> None:
+        """How busy the stages have been, as "busy: decode 92%, yolo 38% (2 wait)"."""
+
+    def wait(self, line: str) -> None:
+        """What the job waits for before it can begin, or go on; empty when it no longer waits. From another thread."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,9 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
     before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
-    processes: dict[str, int] = field(default_factory=dict)  # of each stage, at the most
-    stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in STAGES})
+    blocked: float = 0.0  # seconds in which the flow waited for results to be written
+    stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in (*STAGES, "write")})
+    watch: Any = None  # of watching.Watch, once there was a pass
 
     def job(self) -> Job:
         settings = self.settings
@@ -246,41 +255,55 @@ class _Run:
         return f"{kind}: {said[:300]}; {path} has the traceback"
 
     def _passes(self) -> None:
-        units = self.listing.left(self.done)
-        for kind in PASSES:
-            left = list(units)
-            if not left:
-                return
-            self._pass(left, kind == "isolated")
+        units, kinds = self.listing.left(self.done), list(PASSES)
+        while left := list(units):
+            if not kinds:
+                raise Fault("some inputs are missing from the results")
+            before = self.done.rows
+            nodes_died = self._pass(left, kinds[0] == "isolated")
             self.done = self.results.done()
             self._drop_cut_off()
+            if not nodes_died or self.done.rows <= before:
+                kinds.pop(0)
             units = self.listing.left(self.done)
-        if list(units):
-            raise Fault("some inputs are missing from the results")
 
-    def _pass(self, units: list[Any], alone: bool) -> None:
+    def _pass(self, units: list[Any], alone: bool) -> bool:
+        """Returns whether nodes of the cluster died meanwhile."""
         # Imported here: a restart that finds everything done does not need Ray, which takes seconds and 80 MB.
-        from shardsight import actors, cluster, isolate, pipeline, writing
+        from shardsight import actors, cluster, isolate, pipeline, watching, writing
+        from shardsight.metrics import JobMetrics
 
         settings = self.settings
         cluster.join(settings.verbose)
+        dead = cluster.dead()
         load = selection.loader(self.models, settings, self.storage, settings.keep_images)
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-        stages = actors.plan(selection.arguments(self.models, settings), wanted, settings.gpus_per_actor)
+        stages = actors.plan(
+            selection.arguments(self.models, settings), wanted, settings.gpus_per_actor, settings.label_selector or None
+        )
         rows = pipeline.flow(units, load, stages, alone)
-        self.processes = actors.processes(stages)
-        totals = _totals(self.done)
+        self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
+        metrics, totals = JobMetrics(self.results.out), _totals(self.done)
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
-        with isolate.only_deaths():
-            for count, finished in writing.run(rows, self.results, settings.rows_per_file):
+        with isolate.only_deaths(), nullcontext() if alone else self.watch.watching(stages):
+            labels = stages[0].labels
+            for count, finished in writing.run(rows, self.results, settings.rows_per_file, self._waited, labels):
                 for written in finished:
                     totals |= _totals(written.coverage)
                     for stage, spent in written.stages.items():
                         self.stages[stage].update(spent)
+                    metrics.written(written.stages, written.coverage.errors)
+                use = self._use()
+                metrics.now(use.shares(), self.watch.queue, self.watch.processes)
                 if self.watcher:
                     errors = sum(written.coverage.errors.total() for written in finished)
+                    self.watcher.use(use.line(self.watch.queue))
                     self.watcher.add(count, errors, self._expected(totals))
+        return cluster.dead() > dead
+
+    def _waited(self, seconds: float) -> None:
+        self.blocked += seconds
 
     def _expected(self, totals: dict[str, int]) -> int | None:
         """How many rows there will be, where a unit that is not yet through counts as the mean of those that are."""
@@ -307,15 +330,31 @@ class _Run:
             "exactly_once": complete and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
-            "bottleneck": self._bottleneck(),
-            "stages": {stage: _spent(spent) for stage, spent in self.stages.items()},
+            **self._stages(errors),
         }
 
-    def _bottleneck(self) -> str | None:
-        """The stage whose processes were busiest; None if nothing was computed."""
-        busy = {stage: self.stages[stage]["clock_seconds"] / count for stage, count in self.processes.items()}
-        busiest = max(busy, key=lambda stage: busy[stage], default=None)
-        return busiest if busiest and busy[busiest] else None
+    def _use(self) -> Use:
+        busy, watch = {stage: spent["clock_seconds"] for stage, spent in self.stages.items()}, self.watch
+        if not watch:
+            return Use(busy, {}, 0.0)
+        counts = {name: getattr(watch, name) for name in ("slots", "seconds", "held", "spilled", "made")}
+        return Use(busy, **counts, blocked=self.blocked, gpu=any(watch.gpu_seconds.values()))
+
+    def _stages(self, errors: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """Of job.json: the bottleneck, and what each stage did in this run."""
+        use = self._use()
+        shares, found = use.shares(), use.bottleneck()
+        stages = {
+            stage: {
+                **{"rows": int(spent["rows"]), "errors": sum(errors.get(stage, {}).values())},
+                **{"seconds": round(spent["clock_seconds"], 3), "cpu_seconds": round(spent["cpu_seconds"], 3)},
+                "gpu_seconds": round(self.watch.gpu_seconds[stage], 3) if self.watch and use.gpu else None,
+                "busy": round(shares[stage], 3),
+                "rows_per_second": round(spent["rows"] / use.seconds, 3) if use.seconds else None,
+            }
+            for stage, spent in self.stages.items()
+        }
+        return {"bottleneck": found and found[0], "advice": found and found[1], "stages": stages}
 
 
 def raised(error: BaseException) -> tuple[str, str]:
@@ -327,13 +366,6 @@ def raised(error: BaseException) -> tuple[str, str]:
     lines = [line for line in first.splitlines() if re.match(r"[\w.]+(: |$)", line)]
     kind, _, said = (lines or [f"{type(error).__name__}: {text}"])[-1].partition(": ")
     return kind.rpartition(".")[2], said
-
-
-def _spent(spent: Counter[str]) -> dict[str, Any]:
-    return {
-        **{"rows": int(spent["rows"]), "seconds": round(spent["clock_seconds"], 3)},
-        **{"cpu_seconds": round(spent["cpu_seconds"], 3)},
-    }
 
 
 def _totals(done: Coverage) -> dict[str, int]:

@@ -14,7 +14,7 @@ from shardsight.decode.pictures import stored_size
 from shardsight.decode.video import Sampling
 from shardsight.row import Failure, video_of
 from shardsight.sources import Record, open_file, pictures
-from shardsight.sources.files import ahead, fetch
+from shardsight.sources.files import AHEAD, ahead, fetch
 from shardsight.sources.web import is_web
 from shardsight.storage import Storage
 
@@ -68,7 +68,7 @@ class Originals:
             except Failure as failure:
                 return replace(record, failure=failure)
 
-        for record in ahead(read, loose, remote=any("://" in rows[id]["uri"] for id in loose)):
+        for record in ahead(read, loose, AHEAD if any("://" in rows[id]["uri"] for id in loose) else 0):
             yield record.id, record.failure or record.data or b""
         yield from pictures(shards, self.storage, self.image_column)
 

@@ -19,6 +19,7 @@ from shardsight.results.coverage import Coverage
 from shardsight.sources import Listing, Unit
 from shardsight.storage import Storage
 from shardsight.tracking import OPEN, TrackingAnnotator
+from shardsight.watching import Hook
 
 # Blocks that a model works on at once: vLLM's engine batches across them, so that it never waits for the next.
 CALLS = {"yolo": 1, "paligemma": 4}
@@ -53,6 +54,7 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = Fal
     """Units → annotated rows. Rows in a process that died are missing, unless each record is isolated."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Hook]
     # A block is what one call of the model gets, of frames; or what is not yet written.
     context.target_max_block_size = 64 << 10 if isolate else 32 << 20
     # Deaths are ignored: the driver sees in the footers what is missing. For other errors see isolate.only_deaths.
@@ -65,10 +67,11 @@ def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = Fal
         return isolated(_blocks(units), load, stages)
     if stages[0].tracks:
         tracking, *stages = stages
-        together = min(OPEN, -(-len(units) // tracking.actors[1]))
+        together = min(OPEN, -(-len(units) // tracking.initial))
         blocks = _with_model(_blocks(units), tracking, TrackingAnnotator, (load, tracking), together)
     else:
-        blocks = _decoded(units, load, num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 1})
+        options = {"num_cpus": 1, "label_selector": stages[0].labels}
+        blocks = _decoded(units, load, **options, ray_remote_args_fn=lambda: {"max_retries": 1})
     for stage in stages:
         blocks = _with_model(blocks, stage, Annotator, (stage,))
     return blocks
@@ -78,18 +81,19 @@ def _with_model(
     blocks: Dataset, stage: Stage, actor: Any, arguments: tuple[Any, ...], batch_size: int | None = None
 ) -> Dataset:
     calls = CALLS[stage.kind]
-    return blocks.map_batches(
+    # A batch is a block, as it comes. map_batches refuses that where GPUs are asked for.
+    return blocks.map_batches_internal(
         actor,
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
             min_size=stage.actors[0],
             max_size=stage.actors[1],
+            initial_size=stage.initial,
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
         batch_size=batch_size,
         batch_format="pyarrow",
-        num_cpus=stage.cpus,
-        num_gpus=stage.gpus,
+        **stage.options,
         ray_remote_args_fn=lambda: {"max_restarts": 20, "max_task_retries": 1},
     )

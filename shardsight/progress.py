@@ -25,6 +25,7 @@ class Progress:
     rows: int = 0
     errors: int = 0
     started: float = field(default_factory=time.monotonic)
+    stages: str = ""
 
     def __enter__(self) -> "Progress":
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -41,15 +42,23 @@ class Progress:
         self.before, self.total, self.rows, self.errors = done, total, 0, 0
         self.started = time.monotonic()
 
+    def use(self, line: str) -> None:
+        self.stages = line
+
+    def wait(self, line: str) -> None:
+        if line:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
+
     def add(self, rows: int, errors: int, total: int | None) -> None:
         self.rows, self.errors = self.rows + rows, self.errors + errors
         # A total estimated from the first units that were written may be less than the rows that have come since.
         self.total = total if total and total >= self.before + self.rows else None
         if self.live:
-            self.live.update(Text(f"{self._bar()} {self}"), refresh=True)
+            self.live.update(Text(f"{self._bar()} {self}\n{self.stages}"), refresh=True)
         elif time.monotonic() - self.said >= EVERY:
             self.said = time.monotonic()
-            self.console.print(str(self), highlight=False, soft_wrap=True)
+            said = ", ".join(part for part in (str(self), self.stages) if part)
+            self.console.print(said, highlight=False, soft_wrap=True)
 
     def _bar(self, width: int = 30) -> str:
         if not self.total:
@@ -96,7 +105,7 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
     if job["bottleneck"]:
-        table.add_row("bottleneck", job["bottleneck"])
+        table.add_row("bottleneck", job["advice"])
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")
     table.add_row("results", f"{where}/results/*.parquet")
     console.print(table, highlight=False)

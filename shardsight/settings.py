@@ -27,11 +27,11 @@ from shardsight.storage import OPTIONS
 
 # Settings that change no row: another value goes on with the same output.
 _FREE = {
-    "output", "batch_size", "yolo_actors", "paligemma_actors", "gpus_per_actor", "rows_per_file", "storage",
-    "overwrite", "retry_errors", "max_error_rate", "config", "verbose",
+    "output", "batch_size", "yolo_actors", "paligemma_actors", "gpus_per_actor", "label_selector", "rows_per_file",
+    "storage", "overwrite", "retry_errors", "max_error_rate", "config", "verbose",
 }  # fmt: skip
 # Settings that change rows only where there is such a model, or where there are several PaliGemmas.
-_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "track", "track_config"}
+_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "multi_label", "track", "track_config"}
 _OF_PALIGEMMA = {"revision", "adapter", "prompt", "prompt_column", "on", "max_tokens", "clip_frames", "clip_seconds"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
 SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
@@ -40,7 +40,23 @@ Class = Annotated[int, Field(ge=0, lt=2**31)]
 Request = TypeVar("Request", bound=BaseSettings)
 
 
-class Options(BaseSettings):
+class Declared(BaseSettings):
+    """Settings that come from flags and YAML alone, `storage` among them where they are recorded."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, for job.json and its like; secrets are left out."""
+        values = self.model_dump(exclude={"overwrite", "retry_errors", "config", "verbose"})
+        values["storage"] = {name: value for name, value in values["storage"].items() if name not in SECRET}
+        return values
+
+
+class Options(Declared):
     """Settings of job, service and evaluation alike: how models process a picture."""
 
     model_config = SettingsConfigDict(extra="forbid")
@@ -72,12 +88,6 @@ class Options(BaseSettings):
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
     storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # no environment: a variable named OUTPUT must not move anybody's results
 
     @field_validator("paligemma")
     @classmethod
@@ -175,9 +185,17 @@ class Settings(Models):
         "(WebDataset), .parquet with encoded pictures or videos, or .txt, .csv, .jsonl lists of paths and uris",
     )
     output: str = Field(description="folder or prefix for results/*.parquet and job.json")
+    multi_label: CliToggleFlag[bool] = Field(
+        False,
+        description="a box is a detection for each of its classes above --conf, not only the best, as in ultralytics' "
+        "val",
+    )
     yolo_actors: str | None = Field(None, description="processes that compute YOLO; sized to the cluster by default")
     paligemma_actors: str | None = Field(None, description="the same for PaliGemma")
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where there are GPUs; less lets actors share one")
+    label_selector: dict[str, str] = Field(
+        {}, description="the nodes that a job's processes may run on, by their labels in Ray, repeatable"
+    )
     rows_per_file: int = Field(10_000, ge=1, description="most rows of a results file")
     prompt_column: str | None = Field(
         None, description="column of Parquet with a text, or a list of them, that each row's picture is asked about"
@@ -239,6 +257,8 @@ class Settings(Models):
         if self.track:
             if not self.yolo:
                 raise ValueError("--track follows what YOLO detects: give --yolo MODEL")
+            if self.multi_label:
+                raise ValueError("--multi-label gives a box several classes, and --track one identity: leave one out")
             # In full, so that job.json says which they were, and a changed file refuses the resumption.
             self.track_config = tracker_settings(self.track, self.track_config)
         if self.conf is None:
@@ -266,12 +286,6 @@ class Settings(Models):
             if name not in free
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-    def record(self) -> dict[str, Any]:
-        """Every setting, for job.json; secrets are left out."""
-        values = self.model_dump(exclude={"overwrite", "retry_errors", "config", "verbose"})
-        values["storage"] = {name: value for name, value in self.storage.items() if name not in SECRET}
-        return values
 
 
 def _split(entry: Any) -> list[str]:
@@ -390,7 +404,7 @@ _HELP = {
     },
     "YOLO": {
         **{"yolo": "PATH", "conf": "0..1", "iou": "0..1", "max_det": "N", "classes": "N,N,...", "imgsz": "N or H,W"},
-        **{"batch_size": "N"},
+        **{"multi_label": "", "batch_size": "N"},
     },
     "PaliGemma": {
         **{"paligemma": "PATH or NAME", "prompt": "TEXT", "on": "image|regions", "max_tokens": "N", "adapter": "PATH"},
@@ -403,7 +417,7 @@ _HELP = {
     },
     "Speed": {
         **{"precision": "auto|fp32|bf16|fp16|int8", "scaled_decode": "", "yolo_actors": "MIN:MAX"},
-        **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F"},
+        **{"paligemma_actors": "MIN:MAX", "gpus_per_actor": "F", "label_selector": "KEY=VALUE"},
     },
     "The job": {
         **{"config": "FILE", "overwrite": "", "retry_errors": "", "max_error_rate": "0..1", "verbose": ""},

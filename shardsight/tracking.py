@@ -20,11 +20,12 @@ class TrackingAnnotator:
 
     def __init__(self, load: Load, stage: Stage) -> None:
         self.load, self.annotate = load, Annotator(stage)
+        self.read = _read.options(label_selector=stage.labels)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with pickled Units in the column `unit` → rows. If the process that reads a unit dies, the rest of
         its rows are missing."""
-        readers = [_read.remote(pickle.loads(pickled), self.load) for pickled in batch["unit"].to_pylist()]
+        readers = [self.read.remote(pickle.loads(pickled), self.load) for pickled in batch["unit"].to_pylist()]
         while readers:
             tables = []
             for reader in list(readers):

@@ -1,28 +1,118 @@
-"""cluster.yaml, and the job as `ray job submit` runs it."""
+"""cluster.yaml and cluster-gcp.yaml, and the job as `ray job submit` runs it."""
 
+import copy
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.session
+import botocore.validate
+import httpx
 import pytest
 import yaml
+from ray._raylet import RAY_NODE_ACCELERATOR_TYPE_KEY, RAY_NODE_MARKET_TYPE_KEY
+from ray.scripts import scripts
+from ray.util.accelerators import NVIDIA_L4
 
-from shardsight.cluster import living_cluster
+from shardsight.actors import plan
+from shardsight.cluster import _credentials, living_cluster
 from shardsight.settings import UsageError
 from tests.conftest import BIN, ROOT, free_port, job_of, ray_head, start_job
 
 RAY = str(BIN / "ray")
+TAKE_ALL = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+taken = ray.remote(num_cpus=2)(type("Idle", (), {"ready": lambda self: True})).remote()
+ray.get(taken.ready.remote())
+print("taken", flush=True)
+sys.stdin.read()
+"""
+CLUSTERS = {file: yaml.safe_load((ROOT / file).read_text()) for file in ("cluster.yaml", "cluster-gcp.yaml")}
 
 
-def test_cluster_yaml_is_what_ray_takes() -> None:
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_the_cluster_is_one_that_ray_takes(file: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config = CLUSTERS[file]
     validate_config(prepare_config(config))
-    with pytest.raises(Exception, match="max_workerz"):
-        validate_config(prepare_config(config | {"max_workerz": 1}))
+    wrong = copy.deepcopy(config)
+    wrong["available_node_types"]["models"]["label"] = {}
+    for broken in (config | {"max_workerz": 1}, wrong):
+        with pytest.raises(Exception, match=r"'(max_workerz|label)' was unexpected"):
+            validate_config(prepare_config(broken))
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_the_head_runs_no_work_and_workers_come_from_zero(file: str) -> None:
+    config = CLUSTERS[file]
+    head, decode, models = (config["available_node_types"][name] for name in ("head", "decode", "models"))
+    assert config["head_node_type"] == "head" and head["resources"] == {"CPU": 0}
+    for worker in (decode, models):
+        assert worker["min_workers"] == 0 < worker["max_workers"]
+        node = worker["node_config"]
+        market = node["InstanceMarketOptions"]["MarketType"] if "aws" in config["provider"].values() else None
+        assert market == "spot" or node["scheduling"]["provisioningModel"] == "SPOT"
+        assert worker["labels"][RAY_NODE_MARKET_TYPE_KEY] == "spot"
+    assert models["resources"]["GPU"] == 1 and models["labels"][RAY_NODE_ACCELERATOR_TYPE_KEY] == NVIDIA_L4
+    assert "GPU" not in decode["resources"]
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_only_who_has_the_token_uses_the_cluster(file: str) -> None:
+    """Or whoever reaches the head's ports runs what he likes: without a token, Ray starts without authentication."""
+    config = CLUSTERS[file]
+    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert any("export RAY_AUTH_MODE=token" in command for command in config["setup_commands"])
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1].split()
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_the_commands_are_ones_that_bash_and_ray_read(file: str) -> None:
+    config = CLUSTERS[file]
+    for name in ("setup", "head_setup", "head_start_ray", "worker_start_ray"):
+        for command in config[f"{name}_commands"]:
+            subprocess.run(["bash", "-n"], input=command, text=True, check=True)
+            for start in re.findall(r"ray (start .*)", command):
+                scripts.cli.commands["start"].make_context("start", shlex.split(start)[1:])
+            # Or each worker would compute with one thread, see Ray's _with_interactive.
+            assert "ray start" not in command or command.startswith("unset OMP_NUM_THREADS; ulimit -n 65536;")
+
+
+def test_a_second_setup_changes_nothing(tmp_path: Path) -> None:
+    """`ray up` runs the commands again on nodes that are set up."""
+    (command,) = [one for one in CLUSTERS["cluster.yaml"]["setup_commands"] if ".bashrc" in one]
+    (tmp_path / ".bashrc").write_text("# before\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-ec", command], env={**os.environ, "HOME": str(tmp_path)}, check=True)
+    line = "export RAY_AUTH_MODE=token PATH=/home/ubuntu/shardsight/.venv/bin:$PATH"
+    assert (tmp_path / ".bashrc").read_text() == f"# before\n{line}\n"
+
+
+def test_the_nodes_are_ones_that_ec2_takes() -> None:
+    """Ray passes node_config to EC2 as it is."""
+    model = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for type in CLUSTERS["cluster.yaml"]["available_node_types"].values():
+        wanted = {**type["node_config"], "MinCount": 1, "MaxCount": 1}
+        assert not botocore.validate.ParamValidator().validate(wanted, model).has_errors()
+        wanted["InstanceMarketOption"] = {}
+        assert "InstanceMarketOption" in botocore.validate.ParamValidator().validate(wanted, model).generate_report()
+        (disk,) = type["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 100  # Ubuntu's own has room for 8 GB
+
+
+def test_the_clusters_differ_in_their_cloud_alone() -> None:
+    ours, other = ({**config} for config in CLUSTERS.values())
+    for key in ("provider", "available_node_types", "head_setup_commands"):
+        assert ours.pop(key) != other.pop(key)
+    assert ours == other
 
 
 def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: None) -> None:
@@ -33,6 +123,44 @@ def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(UsageError, match="RAY_ADDRESS=nonsense"):
         living_cluster()
+
+
+def test_credentials_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives the workers those in its runtime environment, and refuses a driver that gives them again."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the job")
+    monkeypatch.setenv("AWS_REGION", "of the node")
+    runtime = {"working_dir": "gcs://a.zip", "env_vars": {"AWS_ACCESS_KEY_ID": "of the job"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime, "metadata": {}}))
+    found = _credentials()
+    assert found["AWS_REGION"] == "of the node" and "AWS_ACCESS_KEY_ID" not in found
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert _credentials()["AWS_ACCESS_KEY_ID"] == "of the job"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_actors_fit_on_a_node(monkeypatch: pytest.MonkeyPatch, private: bool) -> None:
+    """On many small nodes, an actor of more CPUs than any has would be waited for without end. And once some of the
+    nodes are gone, the rest must have room for decoding, or no actor ever gets work."""
+    monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [{}, {"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 2.0}])
+    monkeypatch.setattr("shardsight.cluster.private", lambda: private)
+    monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: 6.0)
+    (stage,) = plan({"yolo": {}}, {"yolo": None}, None)
+    assert (stage.threads, stage.cpus, stage.initial) == (2, 1, 3)
+    assert stage.actors == ((3 if private else 1), 3)
+
+
+@pytest.mark.parametrize("free, each", [(6.0, 1.0), (2.5, 0.5), (1.0, 0.0), (0.0, 0.0)])
+def test_actors_leave_a_cpu_to_reading(monkeypatch: pytest.MonkeyPatch, free: float, each: float) -> None:
+    """Also where other jobs hold most of them: actors that took the last would wait for reading, which waits for it."""
+    monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 2.0}])
+    monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: free)
+    (stage,) = plan({"yolo": {}}, {"yolo": None}, None)
+    assert stage.cpus == each
+
+
+def start_python(program: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -61,6 +189,37 @@ def test_a_cluster_that_is_gone(
     monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "address"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert living_cluster() == "local"
+
+
+def test_a_job_says_what_it_waits_for(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
+    """Another job has all of the cluster's CPUs. And what no node has is refused: it would wait for ever. What the
+    dashboard of jobs draws is among Ray's metrics."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpegs[0])
+    (tmp_path / "in" / "b.jpg").write_bytes(b"no picture")
+    command = (tmp_path / "in", "--output", tmp_path / "out", "--yolo", detector, "--max-error-rate", "1")
+    drawn = set(re.findall(r"ray_shardsight_\w+", (ROOT / "deploy" / "grafana-jobs.json").read_text()))
+    assert len(drawn) == 6
+    port, exported = free_port(), free_port()
+    with ray_head(f"--port={port}", f"--metrics-export-port={exported}") as (head, _):
+        address = f"127.0.0.1:{port}"
+        taken = start_python(TAKE_ALL, address)
+        assert taken.stdout and taken.stdout.readline() == "taken\n"
+        job = start_job(*command, cluster=address)
+        assert job.stderr
+        assert "waiting for 1 CPU; the cluster has 0 of 2 CPU free" in job.stderr.readline()
+        assert job.poll() is None
+        taken.communicate("go on")
+        shown: set[str] = set()
+        while job.poll() is None or not drawn <= shown:
+            shown |= set(re.findall(r"^(\w+)\{", httpx.get(f"http://127.0.0.1:{exported}/metrics").text, re.M))
+            time.sleep(0.2)
+        assert job.wait(120) == 0 and job_of(tmp_path / "out")["rows"] == 2
+        refused = start_job(*command, "--overwrite", "--gpus-per-actor", "1", cluster=address)
+        said = refused.communicate(timeout=120)[1]
+        assert refused.returncode == 2 and said.count("\n") == 1
+        assert "no node of the Ray cluster has 1 CPU and 1 GPU" in said
+        assert head.poll() is None
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import shardsight
 from demo.scenes import KINDS, Scene
 from demo.writers import jpeg
 from shardsight import cli
+from shardsight.conversion import FORMATS
 from shardsight.decode.pictures import decode
 from shardsight.storage import Storage
 from tests.clips import decoded, encode, numbered
@@ -356,7 +357,7 @@ def test_links(tmp_path: Path, jpegs: list[bytes]) -> None:
     assert (tmp_path / "a.jpg").read_bytes() == jpegs[0] and (tmp_path / "b.jpg").read_bytes() == odd
 
 
-@pytest.mark.parametrize("to", ["coco", "yolo", "fiftyone", "labelstudio", "voc", "webdataset", "huggingface"])
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "mot"])
 def test_stores(tmp_path: Path, s3: S3, jpegs: list[bytes], to: str, capfd: pytest.CaptureFixture[str]) -> None:
     """From a job, and pictures, in S3 into S3: the same files as on a disk."""
     bucket = s3.bucket(f"convert-{to}")
@@ -430,6 +431,7 @@ def test_neither_ray_nor_a_model_is_loaded(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.slow
 def test_paligemma_is_distilled_into_yolo(
     tmp_path: Path, some_scenes: list[Scene], annotate: Annotate, capfd: pytest.CaptureFixture[str]
 ) -> None:

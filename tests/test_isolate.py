@@ -219,7 +219,7 @@ def test_a_fatal_signal_ends_the_process(tmp_path: Path, jpegs: list[bytes], one
     fresh = ray.remote(Echo).options(num_cpus=0).remote()
     (quick,) = ray.get(fresh.__ray_call__.remote(lambda _: pa.concat_tables(load(batch)).to_pylist()))
     assert [row["error"]["message"] for row in (slow, quick)] == ["set()"] * 2
-    stage = Stage("yolo", {"model": str(detector)}, (1, 1), 0, 0, 1)
+    stage = Stage("yolo", {"model": str(detector)}, (1, 1), 1, 0, 0, 1)
     model = ray.remote(Annotator).options(num_cpus=0).remote(stage)
     assert ray.get(model.__ray_call__.remote(lambda _: caught())) == set()
     other = ray.remote(Echo).options(num_cpus=0).remote()

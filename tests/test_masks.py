@@ -9,9 +9,8 @@ from pycocotools import mask as rle
 from torch.nn import functional as F
 
 from demo.scenes import Scene
-from demo.train_masks import MaskEncoder
-from demo.writers import coco_rle, mask_crops
-from shardsight.models.paligemma.masks import MaskDecoder, MaskError, paste
+from demo.writers import coco_rle
+from shardsight.models.paligemma.masks import MaskDecoder, MaskEncoder, MaskError, crop, paste
 from tests.conftest import WEIGHTS
 
 VQVAE = WEIGHTS / "paligemma" / "vae-oid.npz"
@@ -66,8 +65,23 @@ def test_reads_googles_format(tmp_path: Path) -> None:
     masks = MaskDecoder.load(tmp_path / "vae-oid.npz").decode(codes)
     assert masks.shape == (3, 64, 64) and masks.dtype == np.float32
     np.testing.assert_allclose(masks, plain_decode(arrays, codes), atol=1e-4)
-    again = MaskEncoder.load(tmp_path / "vae-oid.npz").encode((masks > 0).astype(np.float32))
-    assert again.shape == (3, 16) and again.min() >= 0 and again.max() < 128
+    smooth = np.kron(np.random.default_rng(2).random((20, 8, 8)), np.ones((8, 8))).astype(np.float32)
+    found = MaskEncoder.load(tmp_path / "vae-oid.npz").encode(smooth)
+    assert found.shape == (20, 16) and len(np.unique(found)) > 10
+    np.testing.assert_array_equal(found, plain_encode(arrays, smooth))
+
+
+def test_crop_is_big_visions() -> None:
+    """Edges to the nearest pixel, and the mean of all pixels that fall on one of the 64×64, not the nearest alone."""
+    mask, rows = np.ones((200, 300), np.uint8), np.random.default_rng(0).integers(0, 2, 64)
+    mask[50:114, 20:148] = rows[:, None]
+    cut = crop(mask, (19.6, 50.4, 148.3, 113.7))
+    assert cut is not None and cut.dtype == np.float32
+    np.testing.assert_array_equal(cut, np.repeat(rows[:, None], 64, 1))
+    mask[:, 84:] = 1 - mask[:, 84:]
+    smooth = crop(mask, (20.0, 50.0, 148.0, 114.0))
+    assert smooth is not None and 0 < np.abs(smooth[:, 31] - rows).max() < 0.5
+    assert crop(mask, (5.1, 5.1, 5.3, 9.0)) is None
 
 
 def test_the_grids_order() -> None:
@@ -101,6 +115,29 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:
     np.savez(tmp_path / "none.npz", weights=np.zeros(3))
     with pytest.raises(MaskError, match="codebook"):
         MaskDecoder.load(tmp_path / "none.npz")
+
+
+def plain_encode(arrays: dict[str, np.ndarray], masks: np.ndarray) -> np.ndarray:
+    """The encoder as big_vision has it, pp/proj/paligemma/segmentation.py: channels last, and TensorFlow's padding
+    SAME, half of what is lacking on either side."""
+    a = {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+    def conv(x: torch.Tensor, name: str, stride: int = 1) -> torch.Tensor:
+        kernel, size = a[f"{name}.weight"], x.shape[1]
+        lacking = max((-(-size // stride) - 1) * stride + kernel.shape[2] - size, 0)
+        sides = [lacking // 2, lacking - lacking // 2]
+        padded = F.pad(x.permute(0, 3, 1, 2), sides * 2)
+        return F.conv2d(padded, kernel, a[f"{name}.bias"], stride=stride).permute(0, 2, 3, 1)
+
+    x = 2.0 * (torch.from_numpy(masks)[..., None] - 0.5)
+    for layer in range(4):
+        x = conv(x, f"encoder.{2 * layer}", 2).relu()
+    for block in (8, 9):
+        y = conv(x, f"encoder.{block}.net.0").relu()
+        y = conv(y, f"encoder.{block}.net.2").relu()
+        x = conv(y, f"encoder.{block}.net.4") + x
+    flat = conv(x, "encoder.10").reshape(-1, a["_vq_vae._embedding"].shape[1])
+    return torch.cdist(flat, a["_vq_vae._embedding"]).argmin(1).reshape(-1, 16).numpy()
 
 
 def plain_paste(mask64: np.ndarray, box: tuple[int, int, int, int], width: int, height: int) -> np.ndarray:
@@ -149,7 +186,8 @@ def test_the_demos_masks_come_back(some_scenes: list[Scene]) -> None:
     overlaps = []
     for scene in some_scenes[:10]:
         height, width = scene.image.shape[:2]
-        masks = decoder.decode(encoder.encode(mask_crops(scene) / np.float32(255)))
+        cuts = [cut for shape in scene.shapes if (cut := crop(shape.mask, shape.box)) is not None]
+        masks = decoder.decode(encoder.encode(np.stack(cuts)))
         for shape, mask in zip(scene.shapes, masks, strict=True):
             pasted = paste(mask, shape.box, width, height)
             found = {"size": [pasted["height"], pasted["width"]], "counts": pasted["counts"]}

@@ -290,3 +290,11 @@ def test_keypoints_of_another_number() -> None:
     found = {"a": [square(0, keypoints=points(17), label="cat", score=0.9)]}
     with pytest.raises(UsageError, match="objects have 5 keypoints, and the model finds 17"):
         measured(truth, found, "keypoints")
+
+
+def test_models_with_different_numbers_of_resamples_are_compared() -> None:
+    """A model that finds much on many pictures has fewer: the comparison once stopped the evaluation."""
+    values = np.arange(7.0)
+    one, other = bootstrap.weights(7) @ values, bootstrap.weights(7, 300) @ values + 0.5
+    low, high = bootstrap.between(one, other) or [0, 0]
+    assert low == high == -0.5

@@ -9,7 +9,6 @@ from demo.questions import (
     DETECT_ALL,
     QUESTIONS,
     Seen,
-    about,
     ask,
     bins,
     caption,
@@ -29,18 +28,6 @@ SHAPES = [
     Seen("circle", "orange", "moon", (0.1, 0.2, 0.3, 0.4), (0.2, 0.3)),
     Seen("circle", "blue", "kite", (0.6, 0.1, 0.7, 0.2), (0.65, 0.15)),
 ]
-
-
-def test_which_shapes_an_answer_names() -> None:
-    star, orange, blue = SHAPES
-    assert about("caption en", SHAPES) == [star]
-    assert about("ocr", SHAPES) == [blue, orange]
-    assert about("detect circle ; star", SHAPES) == [blue, orange, star]
-    assert about("segment circle", SHAPES) == [blue, orange]
-    assert about("answer en what colour is the star", SHAPES) == [star]
-    assert about("answer en what shape is blue", SHAPES) == [blue]
-    assert about("answer en what word is on the orange circle", SHAPES) == [orange]
-    assert about("answer en how many circles are there", SHAPES) == []
 
 
 def test_the_forms() -> None:

@@ -1,6 +1,5 @@
 """The README's commands, as they stand."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,79 +8,135 @@ import signal
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from demo.scenes import COLOURS, KINDS, WORDS
-from demo.writers import TASKS
+import shardsight
+from demo.scenes import COLOURS, KINDS, WORDS, scenes
+from demo.writers import TASKS, write
 from tests.conftest import BIN, ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, rows_of
 from tests.small_paligemma import make
 
 # As the demo's PaliGemma was trained to say it; random weights, or another prompt form, do not.
 CAPTION = f"an? ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})( that says ({'|'.join(WORDS)}))?"
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = {
+    section.partition("\n")[0]: re.findall(r"```(bash|python)\n(.*?)```", section, re.DOTALL)
+    for section in re.split(r"^##? ", TEXT, flags=re.MULTILINE)
+}
+FIRST = "Shardsight"
+# What takes minutes, and is shown in small by other tests too.
+SLOW = ("Other tools' formats", "Exports", "Which model?", "Tune")
+Type = Callable[[str], None]
+pytestmark = pytest.mark.timeout(900)  # the first to run has `make demo` before it
 
 
-@pytest.mark.timeout(900)
-def test_commands_in_their_order(tmp_path: Path, one_ray: str, s3: S3, jpegs: list[bytes]) -> None:
-    """A stranger types what the README says, top to bottom. Only the bucket's names are another's, and PaliGemma, of
-    which a small one of random weights has to do."""
+@pytest.fixture(scope="module")
+def type_in(one_ray: str, s3: S3, jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Type]:
+    """Types a section's commands as a stranger would, `make demo` before all others. Only the bucket's names are
+    another's, and PaliGemma, of which a small one of random weights has to do."""
     shutil.rmtree(ROOT / "demo-output", ignore_errors=True)  # of another version, perhaps
-    small = make(tmp_path / "small")
-    bucket = s3.bucket("bucket")
-    (bucket / "shards").mkdir()
-    (bucket / "shards" / "a.jpg").write_bytes(jpegs[0])
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    plain |= {"RAY_ADDRESS": one_ray}  # one cluster for all of them, as starting one takes ten seconds
-    plain["PATH"] = f"{ROOT / '.venv' / 'bin'}{os.pathsep}{plain['PATH']}"
-    keys = {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
-    assert BLOCKS
-    for language, block in BLOCKS:
-        command = block.replace("http://127.0.0.1:9000", s3.url).replace(
-            "--yolo weights.pt", f"--yolo {WEIGHTS}/detect.pt"
-        )
-        command = command.replace("google/paligemma2-3b-mix-448", f"{small} --max-tokens 8")
-        environment = plain | (keys if "s3://" in block else {})
-        if command == "make serve\n":
-            service = _serve(environment)
-            continue
-        run = ["bash", "-ec", command] if language == "bash" else [BIN / "python", "-c", command]
-        done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (block, done.stdout, done.stderr)
-        assert "make demo" not in block or "PaliGemma's answers against the truth" in done.stdout
-        if "/v1/annotate" in block:
-            assert json.loads(done.stdout)["answers"]
-            os.killpg(service.pid, signal.SIGINT)
-            assert service.wait(60) is not None  # the jobs after it need its cores
+    small = make(tmp_path_factory.mktemp("models") / "small")
+    (s3.bucket("bucket") / "shards").mkdir()
+    (s3.bucket("bucket") / "shards" / "a.jpg").write_bytes(jpegs[0])
+    replaced = {
+        "http://127.0.0.1:9000": s3.url,
+        "--yolo weights.pt": f"--yolo {WEIGHTS}/detect.pt",
+        "google/paligemma2-3b-mix-448": f"{small} --max-tokens 8",
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"RAY_ADDRESS": one_ray}  # one cluster for all of them, as starting one takes ten seconds
+    environment |= {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    with ExitStack() as services:
+
+        def run(section: str) -> None:
+            for language, command in COMMANDS[section]:
+                for words, others in replaced.items():
+                    command = command.replace(words, others)
+                if command == "make serve\n":
+                    services.enter_context(_service(environment))
+                    continue
+                arguments = ["bash", "-ec", command] if language == "bash" else [BIN / "python", "-c", command]
+                done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, (command, done.stdout, done.stderr)
+                if "/v1/annotate" in command:
+                    assert json.loads(done.stdout)["answers"]
+            services.close()  # as the jobs after it need its cores
+
+        run(FIRST)
+        yield run
+
+
+@contextmanager
+def _service(environment: dict[str, str]) -> Iterator[None]:
+    """`make serve`, once it answers."""
+    service = subprocess.Popen(["make", "serve"], cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        for _ in range(1500):
+            assert service.poll() is None
+            with suppress(OSError):
+                if b"ok" in urllib.request.urlopen("http://127.0.0.1:8000/healthz", timeout=5).read():
+                    break
+            time.sleep(0.2)
+        else:
+            raise AssertionError("the service did not start within five minutes")
+        yield
+    finally:
+        os.killpg(service.pid, signal.SIGINT)
+        service.wait(60)
+
+
+def test_the_demo(type_in: Type) -> None:
     assert (ROOT / "demo-output" / "page.html").stat().st_size > 100_000
     assert (ROOT / "demo-output" / "mine" / "page.html").exists()
-    assert list((bucket / "out" / "results").glob("*.parquet"))
     captions = [row["answers"][0]["text"] for row in rows_of(ROOT / "demo-output" / "annotated") if row["answers"]]
     in_form = [text for text in captions if re.fullmatch(CAPTION, text)]
     assert len(captions) > 120 and len(in_form) > 110
 
 
-def _serve(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The service, once it answers."""
-    service = subprocess.Popen(["make", "serve"], cwd=ROOT, env=environment, start_new_session=True)
-    for _ in range(600):
-        assert service.poll() is None
-        with contextlib.suppress(OSError):
-            if b"ok" in urllib.request.urlopen("http://127.0.0.1:8000/healthz", timeout=5).read():
-                return service
-        time.sleep(0.2)
-    raise AssertionError("the service did not start within two minutes")
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(section, marks=[pytest.mark.slow] if section in SLOW else [])
+        for section, commands in COMMANDS.items()
+        if commands and section != FIRST
+    ],
+)
+def test_commands(section: str, type_in: Type) -> None:
+    type_in(section)
 
 
-def test_the_models_figures_are_those_measured() -> None:
-    """Weights that are trained anew, or a table that is not, would leave a figure that nobody measured."""
-    figures = json.loads((WEIGHTS / "figures.json").read_text())
-    table = re.findall(r"^\| (\w+) \|.*\| ([0-9.]+) \| ([0-9.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {task for task, _, _ in table} == set(TASKS)
-    for task, figure, size in table:
-        assert float(figure) in {round(value, 3) for value in figures[task].values()}
+MODELS = re.findall(rf"^\| ({'|'.join(TASKS)}) \| [^|]+ \| ([0-9.]+) \| ([0-9.]+) \|$", TEXT, re.MULTILINE)
+
+
+def test_the_models_are_all_there() -> None:
+    assert {task for task, _, _ in MODELS} == set(TASKS)
+    for task, _, size in MODELS:
         assert float(size) == round((WEIGHTS / f"{task}.pt").stat().st_size / 1e6, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "figure"), [(task, figure) for task, figure, _ in MODELS])
+def test_the_models_figures_are_those_measured(task: str, figure: str, one_ray: str, tmp_path: Path) -> None:
+    """Weights that are trained anew, or a table that is not, would leave a figure that nobody measured."""
+    data = tmp_path / "in"
+    write(scenes(500, 2000), data, "yolo", task)
+    exact: dict[str, Any] = {"precision": "fp32", "scaled_decode": False, "rounds": 0}
+    report = shardsight.evaluate(
+        data if task == "classify" else data / "data.yaml",
+        output=tmp_path / "out",
+        yolo=WEIGHTS / f"{task}.pt",
+        **exact,
+    )
+    kind, name = report.content["main"]["kind"], report.content["main"]["measure"]
+    value = report.models[0]["figures"][kind]["measures"][name]["value"]
+    print(f"{task}: {name} of {kind} {value:.4f}")
+    assert abs(value - float(figure)) < 0.002
 
 
 def test_the_benchmarks_table_is_the_one_that_was_recorded() -> None:

@@ -67,6 +67,7 @@ def test_secrets_are_not_recorded() -> None:
             ["a", *FINE, "--paligemma", "p", "--on", "regions", "--prompt", "ocr", "--prompt", "caption en"],
             "one --prompt",
         ),
+        (["a", *FINE, "--track", "botsort", "--multi-label"], "leave one out"),
         (["a", *FINE, "--config", "nowhere.yaml"], "does not exist"),
     ],
 )

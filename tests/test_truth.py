@@ -344,7 +344,7 @@ def test_vqa(tmp_path: Path, files: int) -> None:
         ("x.json", coco([], images=[]), "lists no pictures"),
         ("x.json", coco([]) | {"annotations": 3}, "cannot be read as labels"),
         ("x.json", {"questions": []}, "no annotations: put them beside it"),
-        ("x.jsonl", "no JSON\n", "has no line with image, prefix and suffix"),
+        ("x.jsonl", "no JSON\n", "has nothing with image, prefix and suffix; line 1: lines"),
         ("x.yaml", "names: [a]\n", "names no pictures"),
         ("x.yaml", "names: [a]\nval: nowhere\n", "there are no pictures in val: nowhere"),
         ("x.yaml", "names: [a]\nval: [., nowhere]\n", "there are no pictures in val: nowhere"),

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from ray.tune import register_trainable
 
+import shardsight
 from demo.scenes import scenes
-from demo.writers import write
+from demo.writers import write_splits
 from shardsight.errors import UsageError
-from tests.conftest import ROOT, S3, rows_of
-from tune import yolo
+from tests.conftest import ROOT, S3, WEIGHTS, free_port, rows_of
+from tune import search, yolo
 from tune.report import importance
-from tune.space import Range, load_space, parse_space
+from tune.space import Range, Space, load_space, parse_space
 from tune.sweep import Trial
 from tune.training import HYPERPARAMETERS
 
@@ -36,11 +39,7 @@ SMALL = ("--model", "yolov8n.yaml", "--imgsz", "64", "--train", "batch=8", "--tr
 
 def make_data(folder: Path, count: int = 16) -> Path:
     """A data set of made-up scenes; the path of its data.yaml."""
-    for part, pictures, seed in (("train", count, 1), ("val", 8, 2)):
-        write(list(scenes(pictures, seed=seed)), folder / part, "yolo")
-    text = (folder / "train" / "data.yaml").read_text()
-    text = text.replace("train: images", "train: train/images").replace("val: images", "val: val/images")
-    (folder / "data.yaml").write_text(text)
+    write_splits(scenes(count, seed=1), scenes(8, seed=2), folder)
     return folder / "data.yaml"
 
 
@@ -161,6 +160,7 @@ def test_a_trial_that_fails_is_a_row(tune: Tune, tmp_path: Path, annotate: Calla
 
     best = json.loads((out / "best" / "best.json").read_text())
     assert best["config"] == {"lr0": 0.002} and best["data"]["sha256"] == found["data"]["sha256"]
+    assert str(data.parent).encode() not in (out / "best" / "best.pt").read_bytes()  # may be given to others
     assert annotate(data.parent / "val" / "images", "--output", tmp_path / "job", "--yolo", out / "best")[0] == 0
     assert len(rows_of(tmp_path / "job")) == 8
 
@@ -188,6 +188,27 @@ def test_a_killed_trial_goes_on_bit_for_bit(tune: Tune, tmp_path: Path) -> None:
     one, other = trials(tmp_path / "out")
     assert [epoch["epoch"] for epoch in one["history"]] == [1, 2, 3]
     assert one["history"] == other["history"]
+
+
+@pytest.mark.parametrize("name", ["optuna", "random"])
+def test_the_first_trial_has_the_defaults(name: str) -> None:
+    """A sweep of few trials would otherwise often end below what plain training reaches."""
+    space = Space({"lr0": Range("loguniform", (1e-5, 0.1)), "mosaic": Range("uniform", (0.0, 1.0))}, {})
+    defaults = {"lr0": 0.001, "mosaic": 1.0, "box": 7.5}
+    for low, expected in ((1e-5, True), (0.01, False)):
+        space.ranges["lr0"] = Range("loguniform", (low, 0.1))
+        chosen = search.searcher(name, space, 0, defaults)
+        if name == "random":
+            register_trainable("x", lambda config: None)
+            chosen.add_configurations(
+                {"sweep": {"run": "x", "config": search.param_space(name, space), "num_samples": 2}}
+            )
+            first, second = chosen.next_trial().config, chosen.next_trial().config
+        else:
+            chosen.set_search_properties("fitness", "max", search.param_space(name, space))
+            first, second = chosen.suggest("1"), chosen.suggest("2")
+        assert (first == {"lr0": 0.001, "mosaic": 1.0}) is expected
+        assert first != second and second["lr0"] >= low
 
 
 def test_importance_finds_what_matters() -> None:
@@ -246,6 +267,66 @@ def test_a_sweep_in_a_store(tune: Tune, data: Path, tmp_path: Path, s3: S3) -> N
     code, err = tune("--data", data, *SMALL, *arguments, "--output", "s3://sweeps/one", *s3.options())
     assert code == 0, err
     assert len(trials(bucket / "one")) == 2 and (bucket / "one" / "best" / "best.pt").exists()
+
+
+@pytest.mark.slow
+def test_best_is_a_model_everywhere(
+    tune: Tune, tmp_path: Path, annotate: Callable[..., tuple[int, str]], one_ray: str
+) -> None:
+    """best/ as it stands, in a job, an evaluation, an export, and the service."""
+    from ray import serve
+
+    from serve.app import app
+    from serve.arguments import Arguments
+
+    data, best = make_data(tmp_path / "data"), tmp_path / "out" / "best"
+    plain = ("--samples", "1", "--space", "none", "--epochs", "1", "--train", "lr0=1e-5", "--imgsz", "320")
+    assert tune("--data", data, "--model", WEIGHTS / "detect.pt", *plain, "--output", best.parent)[0] == 0
+    assert str(ROOT).encode() not in (best / "best.pt").read_bytes()  # may be given to others
+    pictures = data.parent / "val" / "images"
+    exact = {"precision": "fp32", "imgsz": 320}
+    job = shardsight.annotate(str(pictures), output=str(tmp_path / "job"), yolo=str(best), **exact)
+    rows = {Path(row["id"]).name: row for row in rows_of(tmp_path / "job")}
+    assert not job.errors and len(rows) == 8 and sum(len(row["detections"]) for row in rows.values()) > 8
+    report = shardsight.evaluate(data, output=tmp_path / "evaluation", yolo=[best], rounds=0, **exact)
+    assert report.models[0]["figures"]["boxes"]["measures"]["mAP50-95"]["value"] > 0.5
+    exports = shardsight.export(best, format="openvino", output=tmp_path / "exports", imgsz=320)
+    (export,) = exports.exports
+    assert annotate(pictures, "--output", tmp_path / "again", "--yolo", f"{exports.out}/{export.name}")[0] == 0
+    assert len(rows_of(tmp_path / "again")) == 8
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app(Arguments(yolo=str(best), **exact)), name="shardsight")
+    try:
+        for path in sorted(pictures.iterdir()):
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/v1/annotate", files={"image": (path.name, path.read_bytes())}, timeout=60
+            )
+            assert [one["label"] for one in answer.json()["detections"]] == [
+                one["label"] for one in rows[path.name]["detections"]
+            ]
+    finally:
+        serve.shutdown()
+
+
+@pytest.mark.slow
+def test_nothing_leaves_the_machine(data: Path, tmp_path: Path) -> None:
+    """No process of a sweep connects to another machine, or asks for the address of one."""
+    noted = tmp_path / "noted"
+    ours = ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PYTHONPATH": str(ROOT / "tests" / "watch_network"), "NOTED": str(noted)}
+    environment["RAY_USAGE_STATS_REPORT_INTERVAL_S"] = "1"  # else telemetry would begin after this test
+    reach = "import socket; socket.socket().connect_ex(('192.0.2.1', 9))"  # what the test must see
+    subprocess.run(["timeout", "2", sys.executable, "-c", reach], env=environment)
+    assert "192.0.2.1" in noted.read_text()
+    noted.unlink()
+    where = ("--data", data, "--output", tmp_path / "out", "--samples", "2", "--epochs", "1")
+    command = [sys.executable, "-m", "tune.yolo", *map(str, (*where, *SMALL))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not noted.exists(), noted.read_text()
 
 
 @pytest.mark.slow

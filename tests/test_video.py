@@ -13,7 +13,7 @@ import av
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardsight.decode import pictures, video
@@ -387,6 +387,7 @@ MUTATED = ["whole.mp4", "faststart.mp4", "closed-gop.mkv", "open-gop.ts", "mpeg2
     st.floats(0.05, 1),
     st.sampled_from(SAMPLINGS),
 )
+@example("open-gop.ts", [(0.9431044333885961, b"\x01")], 1.0, Sampling())  # a stream that comes up at the end
 def test_hostile_bytes(name: str, changes: list[tuple[float, bytes]], kept: float, sampling: Sampling) -> None:
     """Whatever the bytes: no exception, rising numbers, and one last frame."""
     data = bytearray(clip(name))

@@ -80,3 +80,19 @@ def test_an_interrupt_writes_what_has_come(one_ray: None, results: Results) -> N
     with pytest.raises(KeyboardInterrupt):
         list(writing.run(Interrupted(), results, 5))  # type: ignore[arg-type]
     assert sorted(coverage.rows for _, coverage in results.files()) == [2, 5]
+
+
+def test_a_write_that_is_lost(one_ray: str) -> None:
+    """With the node that had its rows: another pass finds them missing, where the job would have ended."""
+
+    @ray.remote(max_retries=0)
+    def write(what: str) -> str:
+        if what == "dies":
+            os._exit(1)
+        if what == "raises":
+            raise ValueError
+        return what
+
+    assert writing._written([write.remote("a"), write.remote("dies"), write.remote("b")]) == ["a", "b"]
+    with pytest.raises(ValueError):
+        writing._written([write.remote("raises")])

@@ -120,8 +120,23 @@ def test_nms_never_gives_up(pictures: list[bytes], monkeypatch: pytest.MonkeyPat
     clock = iter(range(0, 10**9, 1000))
     monkeypatch.setattr("ultralytics.utils.nms.time.time", lambda: float(next(clock)))
     assert all(row["detections"] for row in annotated(model, same))
-    monkeypatch.setattr(nms, "non_max_suppression", nms.non_max_suppression.func)
+    monkeypatch.setattr(nms, "non_max_suppression", nms.non_max_suppression.__wrapped__)
     assert not all(row["detections"] for row in annotated(model, same)), "the fault that this guards against is gone"
+
+
+def test_a_box_of_several_classes(pictures: list[bytes]) -> None:
+    """A detection each, where that is asked for, and only by the model of which it is asked."""
+    several = Yolo(str(WEIGHTS / "detect.pt"), conf=0.01, precision="fp32", multi_label=True)
+    one = Yolo(str(WEIGHTS / "detect.pt"), conf=0.01, precision="fp32")
+
+    def boxes_of(model: Yolo) -> list[list[tuple[float, ...]]]:
+        rows = annotated(model, pictures)
+        return [
+            [tuple(found[side] for side in ("x1", "y1", "x2", "y2")) for found in row["detections"]] for row in rows
+        ]
+
+    assert any(len(set(boxes)) < len(boxes) for boxes in boxes_of(several))
+    assert all(len(set(boxes)) == len(boxes) for boxes in boxes_of(one))
 
 
 def test_nms_is_torchvisions() -> None:
@@ -196,12 +211,19 @@ def precision_of(some: list[Scene], rows: list[dict[str, Any]]) -> float:
     return average_precision(some, found)["mAP50-95"]
 
 
-def test_exports_open_too(tmp_path: Path, pictures: list[bytes]) -> None:
-    """An ONNX export of a fixed size gives what ultralytics gives with it."""
+def test_exports_open_too(tmp_path: Path, pictures: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ONNX export of a fixed size gives what ultralytics gives with it. Its input is contiguous in memory, as some
+    runtimes, MNN's and ExecuTorch's, would otherwise find other things in it without a word."""
     path = YOLO(WEIGHTS / "detect.pt").export(format="onnx", imgsz=320, dynamic=False)
     target = tmp_path / "detect.onnx"
     Path(path).rename(target)
-    ours = annotated(Yolo(str(target), conf=LOW), pictures)
+    model, contiguous = Yolo(str(target), conf=LOW), list[bool]()
+    forward = model.backend.backend.forward
+    monkeypatch.setattr(
+        model.backend.backend, "forward", lambda im: (contiguous.append(im.is_contiguous()), forward(im))[1]
+    )
+    ours = annotated(model, pictures)
+    assert contiguous and all(contiguous)
     theirs = YOLO(target, task="detect")
     for row, data in zip(ours, pictures, strict=True):
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights.safetensors": (lambda path: path.write_bytes(b"x"), "neither a .pt file nor an export"),
     "folder": (lambda path: path.mkdir(), "neither a .pt file nor an export"),
     "a_openvino_model": (lambda path: path.mkdir(), "lacks the file of the model"),
-    "plan.engine": (lambda path: path.write_bytes(b"x"), "Python module tensorrt, which is not installed"),
+    "plan.engine": (lambda path: path.write_bytes(b"x"), "Python package tensorrt, which is not installed"),
 }
 
 

@@ -181,5 +181,7 @@ def _facts(content: dict[str, Any]) -> list[list[str]]:
         facts += [["data set", Path(data["path"]).name], ["data set's sha256", data["sha256"]]]
         facts.append(["pictures", ", ".join(f"{count} {split}" for split, count in data["pictures"].items())])
         if data["problems"]:
-            facts.append(["pictures left out or changed", f"{len(data['problems'])}: {data['problems'][0][:300]}"])
+            counts = "; ".join(f"{count:,} {reason}" for reason, count in data.get("counts", {}).items())
+            first = f"{len(data['problems'])}: {data['problems'][0][:300]}"
+            facts.append(["left out or changed", f"{counts}; first {first}" if counts else first])
     return [*facts, ["versions", ", ".join(f"{name} {number}" for name, number in content["versions"].items())]]

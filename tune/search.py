@@ -22,14 +22,18 @@ TIME = "epoch"  # what schedulers count
 _AT_START = ("model", "imgsz", "batch")  # what a training cannot change halfway
 
 
-def searcher(name: str, space: Space, seed: int, evolution: Any = None) -> Any:
-    """name: optuna, random, grid or genetic. evolution: for genetic, proposes hyperparameters from a history
-    (training.Evolution)."""
-    if not space.ranges or name in ("random", "grid"):
-        return BasicVariantGenerator(random_state=np.random.RandomState(seed))
-    if name == "genetic":
+def searcher(name: str, space: Space, seed: int, defaults: dict[str, Any], evolution: Any = None) -> Any:
+    """name: optuna, random, grid or genetic. defaults: the first trial, where the space holds them.
+
+    evolution: for genetic, proposes hyperparameters from a history (training.Evolution).
+    """
+    if name == "genetic" and space.ranges:
         return Genetic(evolution)
-    return OptunaSearch(seed=seed)
+    within = all(one in defaults and values.holds(defaults[one]) for one, values in space.ranges.items())
+    first = [{one: defaults[one] for one in space.ranges}] if space.ranges and name != "grid" and within else None
+    if not space.ranges or name in ("random", "grid"):
+        return BasicVariantGenerator(points_to_evaluate=first, random_state=np.random.RandomState(seed))
+    return OptunaSearch(seed=seed, points_to_evaluate=first)
 
 
 def param_space(name: str, space: Space) -> dict[str, Any]:

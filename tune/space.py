@@ -44,6 +44,12 @@ class Range:
             return distributions.IntDistribution(*self.values)
         return distributions.FloatDistribution(self.values[0], self.values[1], log=self.kind == "loguniform")
 
+    def holds(self, value: Any) -> bool:
+        """Whether the value is one of these."""
+        if self.kind == "choice":
+            return value in self.values
+        return isinstance(value, (int, float)) and self.clip(value) == value
+
     def clip(self, value: Any) -> Any:
         """The nearest value within the range; choices as they are."""
         return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])
@@ -85,7 +91,7 @@ def check_name(name: str, known: Iterable[str]) -> None:
     names = sorted(known)
     if name not in names:
         close = difflib.get_close_matches(name, names, 2)
-        hint = f"did you mean {' or '.join(sorted(close))}?" if close else "see the training settings of ultralytics"
+        hint = f"did you mean {' or '.join(sorted(close))}?" if close else "see --train in --help"
         raise UsageError(f"there is no hyperparameter {name}: {hint}")
 
 

@@ -12,7 +12,7 @@ import os
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -42,7 +42,7 @@ _CHECKPOINTS = 2  # of each trial: the one that the state names, and the one tha
 _FAILURES = 3  # how often the process of a trial may die
 _ASHA = ("_brackets", "_trial_info", "_num_stopped")  # what ASHA knows of the trials so far
 _OF_TUNE = ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "RAY_AIR_NEW_OUTPUT")
-_VERSIONS = ("ray", "optuna", "torch", "ultralytics", "numpy")
+_VERSIONS = ("ray", "optuna", "torch", "numpy")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Sweep:
     out: a folder or a prefix. configuration: what another run must have in common to go on with this one. about: what
     sweep.json and best.json say of the data. searcher, scheduler: make one, which knows nothing yet. space: of Tune.
     ranges: the same for the report. samples: as Tune counts them; total: trials. cpus, gpus: of each trial; by default
-    one GPU, where there are any.
+    one GPU, where there are any. packages: whose versions sweep.json tells, besides those that every sweep has.
     """
 
     out: str
@@ -116,6 +116,7 @@ class Sweep:
     epochs: int
     cpus: float
     gpus: float | None = None
+    packages: tuple[str, ...] = ()
     loggers: Callable[[], list[Any]] = list
     verbose: bool = False
 
@@ -144,7 +145,8 @@ def run(sweep: Sweep, watcher: Watcher, report: Report) -> Result:
     if not is_remote(sweep.out):
         Path(sweep.out).mkdir(parents=True, exist_ok=True)
     with lock(sweep.out, sweep.storage):
-        before = _before(sweep)
+        data = {"data": sweep.about.get("data")}
+        before = earlier(sweep.out, sweep.storage, sweep.configuration, data, "the data set has")
         if before.get("status") == "done":
             return Result(_restored(sweep), before)
         cluster.join(sweep.verbose)
@@ -157,7 +159,7 @@ def run(sweep: Sweep, watcher: Watcher, report: Report) -> Result:
                 "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             },
             **{"configuration": sweep.configuration, **sweep.about},
-            **{"versions": {name: version(name) for name in _VERSIONS}, "total": sweep.total},
+            **{"versions": {name: version(name) for name in (*_VERSIONS, *sweep.packages)}, "total": sweep.total},
         }
         state, reason, error = _State(sweep, watcher), None, None
         _save(sweep, content)
@@ -174,34 +176,42 @@ def run(sweep: Sweep, watcher: Watcher, report: Report) -> Result:
         return Result(state.ordered, json.loads(sweep.storage.read(sweep.path(_JSON))))
 
 
-def _before(sweep: Sweep) -> dict[str, Any]:
-    """What sweep.json says; {} where there is no sweep yet. Raises UsageError if it is another sweep's."""
-    if not sweep.storage.exists(sweep.path(_JSON)):
+def earlier(
+    out: str, storage: Storage, configuration: dict[str, Any], about: dict[str, Any], things: str
+) -> dict[str, Any]:
+    """What sweep.json says; {} where there is no sweep yet. Raises UsageError if it is another sweep's.
+
+    about: what else has to be the same. things: what that is, as `the data set has`.
+    """
+    path = f"{out.rstrip('/')}/{_JSON}"
+    if not storage.exists(path):
         return {}
-    before: dict[str, Any] = json.loads(sweep.storage.read(sweep.path(_JSON)))
-    old, new = before["configuration"], json.loads(json.dumps(sweep.configuration))
+    before: dict[str, Any] = json.loads(storage.read(path))
+    old, new = before["configuration"], json.loads(json.dumps(configuration))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise UsageError(
-                f"{sweep.out} has a sweep with {name} {old.get(name)}, not {new.get(name)}: "
+                f"{out} has a sweep with {name} {old.get(name)}, not {new.get(name)}: "
                 "give the same settings, choose another --output, or start again with --overwrite"
             )
-    if before.get("data") != json.loads(json.dumps(sweep.about.get("data"))):
-        raise UsageError(
-            f"the data set has changed since the sweep in {sweep.out} began: choose another --output, or --overwrite"
-        )
+    if any(before.get(name) != value for name, value in json.loads(json.dumps(about)).items()):
+        raise UsageError(f"{things} changed since the sweep in {out} began: choose another --output, or --overwrite")
     return before
 
 
 def clear(out: str, storage: Storage) -> None:
     """Delete what is there of an earlier sweep, its sweep.json last. Nothing else is touched."""
-    names = (_STATE, _TABLE, "report.html", _JSON)
-    for folder in (TRIALS, "best"):
-        for entry in list(storage.walk(f"{out.rstrip('/')}/{folder}", hidden=True)):
+    remove(out, storage, (TRIALS, "best"), (_STATE, _TABLE, "report.html", _JSON))
+
+
+def remove(out: str, storage: Storage, folders: Sequence[str], files: Sequence[str] = ()) -> None:
+    """What is there of these in a folder, in their order."""
+    for folder in (f"{out.rstrip('/')}/{name}" for name in folders):
+        for entry in list(storage.walk(folder, hidden=True)) if storage.is_folder(folder) else []:
             storage.remove(entry.uri)
-    for name in names:
-        if storage.exists(f"{out.rstrip('/')}/{name}"):
-            storage.remove(f"{out.rstrip('/')}/{name}")
+    for file in (f"{out.rstrip('/')}/{name}" for name in files):
+        if storage.exists(file):
+            storage.remove(file)
 
 
 def _check_resources(sweep: Sweep) -> None:
@@ -331,11 +341,15 @@ class _State(tune.Callback):  # type: ignore[misc]  # Ray has no types
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         found = self._of(trial)
+        if result.get("partial"):  # a checkpoint within an epoch
+            return
         if "error" in result:
             found.error, found.traceback = result["error"], result["traceback"]
             return
         kept = {name: value for name, value in result.items() if "/" in name and not name.startswith("config/")}
         kept |= {name: result[name] for name in ("epoch", "fitness", "last", "batch", "seconds") if name in result}
+        if found.epochs and found.epochs[-1]["epoch"] == kept["epoch"]:
+            found.epochs.pop()  # a driver that was killed knew of it before it knew of its checkpoint
         found.epochs.append(kept)
 
     def on_checkpoint(

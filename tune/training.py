@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardsight.models.info import computes_bf16
 from shardsight.models.yolo.ultralytics_import import YOLO  # first: it imports ultralytics without side effects
 
 # isort: split
@@ -30,8 +31,8 @@ _OURS = {
     *("task", "mode", "data", "epochs", "time", "seed", "resume", "device", "project", "name", "exist_ok", "save"),
     *("save_period", "plots", "val", "verbose", "cfg", "source", "format"),
 }
-__all__ = ["CFG_INT_KEYS", "HYPERPARAMETERS", "Evolution", "Request", "arguments", "callback", "quiet", "train"]
-HYPERPARAMETERS = frozenset(DEFAULT_CFG_DICT) - _OURS
+__all__ = ["CFG_INT_KEYS", "HYPERPARAMETERS", "Evolution", "Request", "callback", "defaults", "quiet", "train"]
+HYPERPARAMETERS = {name: value for name, value in DEFAULT_CFG_DICT.items() if name not in _OURS}  # and their defaults
 _STATE, _BEST = "state.pt", Path("best", "best.pt")  # what a trial goes on from; what its sweep may take
 
 
@@ -67,6 +68,18 @@ class Evolution(Tuner):  # type: ignore[misc]  # ultralytics has no types
 
     def _load_local_results(self) -> list[dict[str, Any]]:
         return self.history
+
+
+def defaults(classes: int, optimizer: bool) -> dict[str, Any]:
+    """What ultralytics' `optimizer=auto` takes for a short training of so many classes. It is named, as `auto` itself
+    ignores the lr0 and momentum of a trial. optimizer: whether the user chooses another, which has its own rates.
+
+    Source: ultralytics/engine/trainer.py, `build_optimizer`.
+    """
+    if optimizer:
+        return {"batch": 16}
+    rates = {"lr0": round(0.002 * 5 / (4 + classes), 6), "momentum": 0.9, "warmup_bias_lr": 0.0}
+    return {"batch": 16, "optimizer": "AdamW", **rates}
 
 
 def quiet() -> None:
@@ -122,6 +135,9 @@ class _Trial:
         yolo = YOLO(settings.pop("model"))
         for name in self.request.callbacks:
             callback(name, self.request.folder)(yolo)
+        if settings["amp"] == "bf16" and settings["device"] == "cpu":
+            settings["amp"] = False  # ultralytics knows bf16 on CUDA only
+            yolo.add_callback("on_pretrain_routine_end", _compute_in_bf16)
         for event in ("on_train_start", "on_train_epoch_start", "on_fit_epoch_end"):
             yolo.add_callback(event, getattr(self, event))
         yolo.train(**settings, save_dir=str(self.run / "train"))
@@ -185,7 +201,7 @@ class _Trial:
 
     def _save(self, trainer: Any) -> None:
         if trainer.best_fitness == trainer.fitness:
-            strip_optimizer(trainer.best, self.checkpoint / _BEST)
+            _keep(trainer.best, self.checkpoint / _BEST)
         state = {
             "epoch": trainer.epoch + 1,
             "model": unwrap_model(trainer.model).state_dict(),
@@ -200,19 +216,39 @@ class _Trial:
         torch.save(state, self.checkpoint / _STATE)
 
 
+def _compute_in_bf16(trainer: Any) -> None:
+    """As on CUDA; and in the order of memory that is faster on a CPU."""
+    trainer.amp = True
+    for model in (trainer.model, trainer.ema.ema):  # both, as sums are rounded otherwise in another order of memory
+        model.to(memory_format=torch.channels_last)
+
+
+def _keep(weights: Path, target: Path) -> None:
+    """Weights in half precision, for prediction, without the paths and the git repository of this machine in them."""
+    content = strip_optimizer(weights, target)
+    args = {name: value for name, value in content["train_args"].items() if name in HYPERPARAMETERS or name == "task"}
+    args["model"] = Path(args["model"]).name
+    content["train_args"] = content["model"].args = args
+    for place in (content, content["model"].yaml):
+        for name in ("git", "yaml_file"):
+            place.pop(name, None)
+    vars(content["model"]).pop("pt_path", None)
+    torch.save(content, target)
+
+
 def arguments(request: Request, config: dict[str, Any]) -> dict[str, Any]:
     """What ultralytics' train is called with. Of several values of a setting, the trial's own counts."""
     cuda = torch.cuda.is_available()
-    amp = "bf16" if cuda and torch.cuda.is_bf16_supported() else False  # True would download a model to test it
+    bf16 = torch.cuda.is_bf16_supported() if cuda else computes_bf16()
+    amp = "bf16" if bf16 else False  # True would download a model to test it
     settings = {
-        # An epoch must not leave gradients behind for the next; `auto` would ignore lr0.
-        **{"model": request.model, "batch": 16, "optimizer": "AdamW", "amp": amp, "workers": 4 if cuda else 0},
+        **{"model": request.model, "amp": amp, "workers": 4 if cuda else 0},
         **request.settings,
         **config,
         **{"data": request.data, "epochs": request.epochs, "seed": request.seed, "device": 0 if cuda else "cpu"},
         **{"exist_ok": True, "plots": False, "val": True, "save": True, "verbose": False},
     }
-    settings.setdefault("nbs", settings["batch"])
+    settings.setdefault("nbs", settings["batch"])  # an epoch must not leave gradients behind for the next
     return settings
 
 

@@ -374,15 +374,22 @@ def _check_pixels(width: int, height: int) -> None:
         raise Failure("TooManyPixels", f"{width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
+def _demux(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's packets that hold data, from where the container stands."""
+    # After the last packet PyAV raises IndexError, if streams have come up that the header did not name.
+    with suppress(IndexError):
+        yield from (packet for packet in container.demux(stream) if packet.size)
+
+
 def _packets(container: Any, stream: Any, part: Part) -> Iterator[Any]:
     """The stream's packets, in decoding order, from the part's keyframe on. Raises Failure if that is not found."""
     if part.start is None:
-        yield from (packet for packet in container.demux(stream) if packet.size)
+        yield from _demux(container, stream)
         return
     # Seeking may go by dts, or land after the keyframe, so further and further back.
     for seconds in (0, 1, 10, 100, 1000, 10_000, 100_000):
         container.seek(part.start - int(seconds / stream.time_base), stream=stream)
-        packets = (packet for packet in container.demux(stream) if packet.size)
+        packets = _demux(container, stream)
         for packet in packets:
             if packet.is_keyframe and packet.pts is not None and packet.pts >= part.start:
                 if packet.pts == part.start:

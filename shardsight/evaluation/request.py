@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliToggleFlag, SettingsConfigDict
 
 from shardsight.errors import UsageError
-from shardsight.settings import SECRET, Options, Settings, help_of
+from shardsight.settings import Options, Settings, help_of
 from shardsight.sources import absolute
 
 
@@ -22,7 +22,7 @@ class Evaluation(Options):
 
     data: str = Field(
         description="labelled pictures, local or in a store: COCO JSON, ultralytics' data.yaml or folder of classes, "
-        "JSONL of image, prefix and suffix, or VQA JSON"
+        "JSONL of image, prefix and suffix, VQA JSON, or RefCOCO's refs.json"
     )
     output: str = Field(description="folder or prefix for report.html, report.json, rows/*.parquet and models/")
     yolo: list[str] = Field([], description="YOLOv8 weights (.pt) or an export; repeatable")
@@ -72,12 +72,6 @@ class Evaluation(Options):
                 raise ValueError(f"--{name} {twice} is given twice: give each model once")
         return self
 
-    def record(self) -> dict[str, Any]:
-        """Every setting, for report.json; secrets are left out."""
-        values = self.model_dump(exclude={"overwrite", "config", "verbose"})
-        values["storage"] = {name: value for name, value in self.storage.items() if name not in SECRET}
-        return values
-
     def candidates(self) -> list["Candidate"]:
         """The models in the order in which they are given, YOLO first."""
         paths = [Path(path) for path in [*self.yolo, *self.paligemma, *self.adapter]]
@@ -91,7 +85,8 @@ class Evaluation(Options):
         both = {name: getattr(self, name) for name in Options.model_fields}
         own = {"yolo": model.yolo, "paligemma": [model.paligemma] if model.paligemma else [], "adapter": model.adapter}
         out = f"{self.output.rstrip('/')}/models/{model.folder}"
-        alone: dict[str, Any] = {} if model.paligemma else {"prompt": [], "revision": None}
+        # As ultralytics' val counts boxes, so that its figures, which YOLO's authors publish, can be compared.
+        alone: dict[str, Any] = {} if model.paligemma else {"prompt": [], "revision": None, "multi_label": True}
         # Whatever fails counts against the model in the report.
         rest = {"output": out, "max_error_rate": 1.0, "overwrite": self.overwrite, "verbose": self.verbose}
         return Settings(**(both | own | alone | rest | more))

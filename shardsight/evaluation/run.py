@@ -31,7 +31,9 @@ from shardsight.evaluation.recommend import Contender, front, points, recommend
 from shardsight.evaluation.request import Candidate, Evaluation, command_of
 from shardsight.measures import bootstrap, objects
 from shardsight.models import selection
-from shardsight.models.paligemma.info import PaliGemmaInfo
+from shardsight.models.paligemma.info import MASKS, PaliGemmaInfo
+from shardsight.models.paligemma.prompts import class_prompts
+from shardsight.models.staging import stage
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.settings import settings_as
 from shardsight.sources.metadata import plain
@@ -43,7 +45,6 @@ from shardsight.viewer.labelled import LABELLED, with_truth
 CONF = 0.25  # with which speed is measured, as jobs.annotate has it
 UNREADABLE = "pictures that cannot be read or decoded; counted as pictures with nothing found"
 NOT_MEASURED = "answers to segment; asked, but not measured, as no model has a vae-oid.npz, which decodes masks"
-NAMES = 20  # in a prompt of `detect`
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,11 @@ class _Run:
 
     def _decode(self) -> objects.Decode | None:
         """What decodes masks in right answers: that of the first model which has one. Raises UsageError."""
-        files = (Path(info.path) / "vae-oid.npz" for info in self.infos.values() if isinstance(info, PaliGemmaInfo))
-        file = next((file for file in files if file.exists()), None)
-        if file is None:
+        having = (info for info in self.infos.values() if isinstance(info, PaliGemmaInfo) and MASKS in info.files)
+        path = next((info.path for info in having), None)
+        if path is None:
             return None
+        file = (stage(path, self.storage) if is_remote(path) else Path(path)) / MASKS
         from shardsight.models.paligemma.masks import MaskDecoder, MaskError, paste  # imports torch
 
         try:
@@ -245,8 +247,7 @@ class _Run:
 
     def _prompts(self) -> list[str]:
         form = "segment" if self.truth.task == "segment" else "detect"
-        names = list(self.truth.names.values())
-        return [f"{form} {' ; '.join(names[n : n + NAMES])}" for n in range(0, len(names), NAMES)]
+        return [prompt for prompt, _ in class_prompts(self.truth.names, form)]
 
     def _join(self, one: Candidate, done: job.Job) -> dict[str, dict[str, Any]]:
         """Sample.id → the model's row; and rows/NAME.parquet, in the order of the labelled set."""
@@ -296,7 +297,7 @@ class _Run:
         chosen = np.unique(np.linspace(0, len(self.truth.samples) - 1, speed.PICTURES).astype(int))
         asked = {}
         for one in self.candidates:
-            settings = self.settings[one.name].model_copy(update={"conf": CONF})
+            settings = self.settings[one.name].model_copy(update={"conf": CONF, "multi_label": False})
             found = selection.inspect(settings)
             ((kind, arguments),) = selection.arguments(found, settings).items()
             pictures = [(sample.id, list(sample.asked)) for sample in (self.truth.samples[n] for n in chosen)]
@@ -314,8 +315,8 @@ class _Run:
         contenders = []
         for model in (model for model in self.models if model["name"] in known):
             own, speed = known[model["name"]], model["speed"] or {}
-            behind = self.replicates[best] - self.replicates[model["name"]]
-            between = bootstrap.interval(behind) if model["name"] != best else None
+            behind = model["name"] != best
+            between = bootstrap.between(self.replicates[best], self.replicates[model["name"]]) if behind else None
             contenders.append(
                 Contender(
                     *(model["name"], own["value"], _pair(own["interval"]), known[best]["value"] - own["value"]),

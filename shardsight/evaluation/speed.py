@@ -105,7 +105,7 @@ class _Model:
 
     def __init__(self, asked: Asked) -> None:
         cpus, gpus = os.cpu_count() or 1, float(bool(ray.get_gpu_ids()))
-        self.model = Annotator(Stage(asked.kind, asked.arguments, (1, 1), 0, gpus, cpus)).model
+        self.model = Annotator(Stage(asked.kind, asked.arguments, (1, 1), 1, 0, gpus, cpus)).model
         self.kind = asked.kind
         self.batch_size = getattr(self.model, "batch_size", BATCH[bool(gpus)])
         self.table = _decoded(asked, self.model.input if asked.kind == "yolo" else self.model.info.input)
@@ -132,29 +132,37 @@ class _Model:
         return seconds
 
     def memory(self) -> dict[str, Any]:
-        """MB of this process, and of the GPU: what PyTorch reserved, or, of vLLM, all that is in use on it."""
-        import torch
-
-        found = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
-        gpu = None
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            gpu = round((torch.cuda.max_memory_reserved() if self.kind == "yolo" else total - free) / 2**20, 1)
-        return found | {"peak_gpu_memory_mb": gpu, "batch_size": self.batch_size}
+        return peak_memory(self.kind) | {"batch_size": self.batch_size}
 
     def machine(self) -> dict[str, Any]:
-        """What computes here."""
-        import torch
+        return machine()
 
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-        return {
-            "cpu": names[0] if names else platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": gpu,
-            "system": platform.platform(),
-        }
+
+def peak_memory(kind: str) -> dict[str, float | None]:
+    """MB of this process, and of the GPU: what PyTorch reserved, or, of vLLM, all that is in use on it."""
+    import torch
+
+    gpu = None
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        gpu = round((torch.cuda.max_memory_reserved() if kind == "yolo" else total - free) / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_memory_mb": round(peak, 1), "peak_gpu_memory_mb": gpu}
+
+
+def machine() -> dict[str, Any]:
+    """What computes here."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
 
 
 _Process = ray.remote(_Model)

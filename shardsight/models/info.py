@@ -20,6 +20,11 @@ def computes_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def automatic(cuda: bool) -> str:
+    """The precision `auto`: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
+    return "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

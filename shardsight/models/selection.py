@@ -58,6 +58,8 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
     for name, model in models.items():
         if isinstance(model, YoloInfo):
             found[name] = yolo.arguments(settings, model)
+            if isinstance(settings, Settings):
+                found[name]["multi_label"] = settings.multi_label
             continue
         found[name] = paligemma.arguments(settings, model)
         if isinstance(settings, Settings):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ class Results:
 
     def write(self, table: pa.Table, rows_per_file: int) -> Written:
         """Write rows with the columns of ROW, PLACE and SECONDS, in files of no more than `rows_per_file`."""
+        clock, cpu = time.perf_counter(), time.thread_time()
         stages = {
             stage: {"rows": pc.count(table[f"{stage}_clock_seconds"]).as_py()}
             | {kind: pc.sum(table[f"{stage}_{kind}"]).as_py() or 0.0 for kind in ("clock_seconds", "cpu_seconds")}
@@ -75,7 +77,8 @@ class Results:
         for start in range(0, len(table), rows_per_file):
             part = _in_order(table.slice(start, rows_per_file))
             parts.append(self._put(part.select(ROW.names), _coverage(part)))
-        return Written(Coverage.union(parts), stages)
+        spent = {"clock_seconds": time.perf_counter() - clock, "cpu_seconds": time.thread_time() - cpu}
+        return Written(Coverage.union(parts), stages | {"write": {"rows": len(table), **spent}})
 
     def _put(self, rows: pa.Table, coverage: Coverage, path: str | None = None) -> Coverage:
         evidence = coverage.dumps()

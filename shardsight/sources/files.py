@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from errno import ELOOP, ENAMETOOLONG
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from shardsight.row import Failure
 from shardsight.sources import web
 from shardsight.sources.units import MAX_BYTES, Record, Unit, printable, too_large
 from shardsight.storage import Storage, explain, is_remote
 
+T = TypeVar("T")
+Made = TypeVar("Made")
 AHEAD = 16  # remote files requested at the same time
 # Errors of a store that concern a single object; any other makes the store useless and ends the job.
 OBJECT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
@@ -78,7 +80,7 @@ def read_files(unit: Unit, storage: Storage) -> Iterator[Record]:
     versions = unit.versions or (None,) * len(unit.files)
 
     def record(item: tuple[int, tuple[str, str | None]]) -> Record:
-        clock, cpu = time.perf_counter(), time.thread_time()
+        cpu = time.thread_time()
         position, (uri, version) = item
         name = printable(uri)
         made = Record(None, position, name, name, version=version)
@@ -86,22 +88,29 @@ def read_files(unit: Unit, storage: Storage) -> Iterator[Record]:
             made = replace(made, data=fetch(uri, storage))
         except Failure as failure:
             made = replace(made, failure=failure)
-        return replace(made, seconds=(time.perf_counter() - clock, time.thread_time() - cpu))
+        return replace(made, seconds=(0.0, time.thread_time() - cpu))
 
     items = enumerate(zip(unit.files, versions, strict=True))
-    yield from ahead(record, items, remote=any("://" in uri for uri in unit.files))
+    records = ahead(record, items, AHEAD if any("://" in uri for uri in unit.files) else 0)
+    while True:
+        clock = time.perf_counter()
+        found = next(records, None)
+        if found is None:
+            return
+        # Of several requests at a time, the seconds that were waited for, not those of each.
+        yield replace(found, seconds=(time.perf_counter() - clock, found.seconds[1]))
 
 
-def ahead(make: Callable[[Any], Record], items: Iterable[Any], remote: bool) -> Iterator[Record]:
-    """`make` of each item, in order; of remote ones several at a time."""
-    if not remote:
+def ahead(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Iterator[Made]:
+    """`make` of each item, in order, computed by so many threads while the caller works; by 0, when it is asked for."""
+    if not threads:
         yield from map(make, items)
         return
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting = []
         for item in items:
             waiting.append(pool.submit(make, item))
-            if len(waiting) > AHEAD:
+            if len(waiting) > threads:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()

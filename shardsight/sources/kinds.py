@@ -13,7 +13,7 @@ from shardsight.decode import pictures as picture_formats
 from shardsight.decode import video
 from shardsight.row import Failure
 from shardsight.sources import parquet, tar
-from shardsight.sources.files import ShardFile, failure_of, fetch, read_files
+from shardsight.sources.files import AHEAD, ShardFile, ahead, failure_of, fetch, read_files
 from shardsight.sources.units import Record, Unit, Wanted, printable
 from shardsight.storage import Storage, is_remote
 
@@ -36,6 +36,7 @@ KINDS = {
     "tar": Kind((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tzst"), tar.records),
     "parquet": Kind((".parquet", ".parq"), parquet.records),
 }
+SHARDS = ("tar", "parquet")  # of these, the kinds that hold several records
 LISTS = (".txt", ".csv", ".jsonl")
 
 _KIND_OF = {ending: kind for kind, known in KINDS.items() for ending in known.endings}
@@ -86,15 +87,21 @@ def pictures(
     the job was told.
     """
     shards: dict[str, set[str]] = {}
+    loose: list[tuple[str, str]] = []
     for row in rows:
         id, uri = row["id"], row["uri"]
         if id.startswith(f"{uri}#"):
             shards.setdefault(uri, set()).add(id)
-            continue
+        else:
+            loose.append((id, uri))
+
+    def fetched(one: tuple[str, str]) -> tuple[str, bytes | Failure]:
         try:
-            yield id, fetch(uri, storage)
+            return one[0], fetch(one[1], storage)
         except Failure as error:
-            yield id, error
+            return one[0], error
+
+    yield from ahead(fetched, loose, AHEAD if any("://" in uri for _, uri in loose) else 0)
     for uri, ids in shards.items():
         failure = Failure("NoImages", f"{uri} does not hold it any more")
         unit = Unit(kind_of(uri) or "tar", uri, image_column=image_column)

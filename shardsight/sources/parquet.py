@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
-from shardsight.sources.files import ShardFile, ahead, fetch
+from shardsight.sources.files import AHEAD, ShardFile, ahead, fetch
 from shardsight.sources.metadata import as_json, values
 from shardsight.sources.units import Record, Unit, Wanted, names_video, printable, resolve
 from shardsight.storage import Storage
@@ -51,6 +51,15 @@ def is_results(uri: str, storage: Storage) -> bool:
         return False
 
 
+def holds_text(uri: str, column: str, storage: Storage) -> bool:
+    """Whether a column of a Parquet file is text; False for a file that cannot be read."""
+    try:
+        with ShardFile(uri, storage) as file:
+            return any(field.name == column and _is_text(field.type) for field in pq.read_schema(file))
+    except (Failure, pa.ArrowException, OSError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Reader:
     """field: the column of the pictures or their uris."""
@@ -74,7 +83,7 @@ class _Reader:
             for batch in self.batches(group):
                 rows = enumerate(self.rows(batch), first + done)
                 done += batch.num_rows
-                yield from ahead(self.record, rows, remote=self.unit.uri_column is not None)
+                yield from ahead(self.record, rows, AHEAD if self.unit.uri_column else 0)
         except Failure as failure:
             yield from (replace(record, failure=failure) for record in blank[done:])
 

@@ -17,7 +17,7 @@ from shardsight.sources.units import Record, Unit, Wanted, printable
 from shardsight.storage import Storage
 
 ENDINGS = pictures.ENDINGS.union(video.ENDINGS)
-SIDECARS = ("json", "txt", "cls")  # endings of the files that become a sample's metadata
+SIDECARS = ("json", "txt", "cls", "prefix", "suffix")  # endings of the files that become a sample's metadata
 MAX_SIDECAR = 16 << 20  # bytes
 
 # A sample's key and suffix, which begins after the first dot: `dir/b.left.png` has the key `dir/b`.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+SPLITS = ("val", "test", "train")  # of which the first that there is is evaluated
 BOXES = ("detect", "segment", "pose", "obb")  # tasks of objects in pictures
 
 
@@ -18,7 +19,8 @@ class Thing:
     class_id: a key of Truth.names. box: x1, y1, x2, y2. crowd: a group, as COCO marks it; what is found in it counts
     neither for nor against a model. area: as the labels give it, else None. polygons: each x, y, x, y, …; mask: COCO's
     compressed RLE, {"size": [height, width], "counts": text}; points: x, y and whether it is labelled (0, 1, 2) for
-    each keypoint; corners: x, y of an oriented box's four.
+    each keypoint; corners: x, y of an oriented box's four; phrase: what
+    refers to it and to nothing else.
     """
 
     class_id: int
@@ -29,6 +31,7 @@ class Thing:
     mask: dict[str, Any] | None = None
     points: list[tuple[float, float, float]] | None = None
     corners: list[float] | None = None
+    phrase: str | None = None
 
     def scaled(self, width: float, height: float) -> "Thing":
         """From 0 to 1 of the sides to pixels."""
@@ -56,7 +59,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its labels. id: its path or uri, as a job's row has it in `uri`.
+    """One picture with its labels. id: its path or uri, as a job's row has it in `uri`. shard: the tar or Parquet file
+    that holds the picture; its id is then the row's `id`.
 
     width, height: pixels, where the labels say them. Labels in pixels are taken as of the picture as shown, after EXIF
     orientation, which is where jobs find objects; see Truth.other_sizes. class_id: of a picture that is of one class.
@@ -69,6 +73,7 @@ class Sample:
     things: list[Thing] = field(default_factory=list)
     class_id: int | None = None
     asked: dict[str, list[str]] = field(default_factory=dict)
+    shard: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Truth:
     """A labelled set. task: detect, segment, pose, obb, classify or text. names: class id → name.
 
     faults: what is wrong with the labels, and what became of it → names. normalised: things are in 0 to 1 of their
-    picture's sides, after EXIF orientation, as ultralytics has it. keypoints: of an object.
+    picture's sides, after EXIF orientation, as ultralytics has it. keypoints: of an object. splits: that the set names.
     """
 
     task: str
@@ -85,6 +90,7 @@ class Truth:
     faults: dict[str, list[str]]
     normalised: bool = False
     keypoints: int = 0
+    splits: tuple[str, ...] = ()
 
     @property
     def objects(self) -> int:
@@ -110,6 +116,12 @@ class Truth:
 # Of COCO's 17 keypoints, in its order, as pycocotools has them.
 _TENFOLD = [0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89]
 COCO_SIGMAS = np.array(_TENFOLD) / 10
+
+
+def split_of(names: Iterable[str], asked: str | None) -> tuple[tuple[str, ...], str | None]:
+    """(the splits that a set names, the one to read: the one that is asked for, else the first of SPLITS)."""
+    splits = tuple(dict.fromkeys(names))
+    return splits, next((one for one in (asked, *SPLITS) if one in splits), None)
 
 
 class Faults:
@@ -168,4 +180,5 @@ BAD_MASK = "objects whose mask is broken, or of another size than their picture;
 TWICE = "pictures or objects whose id is there twice; of pictures the first is kept, objects are all kept"
 SAME_LINE = "lines that a label file has twice, or pictures that a list has twice; the first is kept"
 NO_CLASS = "pictures in no folder of a class; left out"
+UNREADABLE = "pictures that cannot be read; left out"
 NO_LABELS = "lines that are no label; left out"

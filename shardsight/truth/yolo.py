@@ -17,24 +17,25 @@ from shardsight.truth.labels import (
     NO_LABELS,
     NO_NUMBERS,
     SAME_LINE,
+    SPLITS,
     Faults,
     Sample,
     Thing,
     Truth,
+    split_of,
 )
 from shardsight.truth.pictures import joined
 
-SPLITS = ("val", "test", "train")  # the first that there is
 
-
-def read_yaml(path: str, content: Mapping[str, Any], storage: Storage, task: str | None) -> Truth:
-    """The split `val` of a data.yaml. task: of the models, as four corners are a polygon or an oriented box. Raises
-    UsageError."""
+def read_yaml(path: str, content: Mapping[str, Any], storage: Storage, task: str | None, split: str | None) -> Truth:
+    """One split of a data.yaml. task: of the models, as four corners are a polygon or an oriented box. split: as for
+    `read`. Raises UsageError."""
     given = content["names"]
     names = {int(n): str(name) for n, name in (enumerate(given) if isinstance(given, list) else given.items())}
     faults = Faults()
     faults.classes(names)
-    uris = _split(path, content, storage, faults)
+    splits, chosen = split_of((one for one in SPLITS if content.get(one)), split)
+    uris = _split(path, content, chosen, storage, faults)
     with ThreadPoolExecutor(AHEAD) as pool:
         there = list(pool.map(storage.exists, uris))
         lines = dict(zip(uris, pool.map(lambda uri: _lines(uri, storage), uris), strict=True))
@@ -53,12 +54,11 @@ def read_yaml(path: str, content: Mapping[str, Any], storage: Storage, task: str
         samples.append(Sample(uri, things=things))
     if task == "segment":
         faults.masks(samples)
-    return Truth(str(task), names, samples, faults.found(), normalised=True, keypoints=count)
+    return Truth(str(task), names, samples, faults.found(), True, count, splits)
 
 
-def _split(path: str, content: Mapping[str, Any], storage: Storage, faults: Faults) -> list[str]:
-    """The pictures of the split that is evaluated. Raises UsageError where there are none."""
-    split = next((one for one in SPLITS if content.get(one)), None)
+def _split(path: str, content: Mapping[str, Any], split: str | None, storage: Storage, faults: Faults) -> list[str]:
+    """The pictures of a split. Raises UsageError where there are none."""
     if split is None:
         raise UsageError(f"{path} names no pictures: give it a line val: FOLDER")
     root, given = _root(path, content, storage), content[split]

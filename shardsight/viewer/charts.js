@@ -38,6 +38,7 @@ export function figure(spec) {
   const select = spec.choices.length > 1 && html("select", { "aria-label": `${spec.title}: what is shown`, onchange },
     spec.choices.map(({ name }, index) => html("option", { value: index }, name)));
   new ResizeObserver(draw).observe(area);
+  addEventListener("beforeprint", draw); // a page that is printed as soon as it is there was never on a screen
   return html("figure", { class: "chart" },
     html("figcaption", {}, html("h3", {}, spec.title), select), area, legend, spec.note && html("p", { class: "quiet" }, spec.note));
 }

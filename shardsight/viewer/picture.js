@@ -172,16 +172,16 @@ export class Picture {
     this.draw();
   }
 
-  /** All anew: which marks are seen may have changed, or the size on the screen that text and lines are drawn for. */
-  draw() {
-    const { row, view, size } = this;
+  /** All anew: which marks are seen may have changed, or the size that text and lines are drawn for, CSS pixels. */
+  draw(size = this.size) {
+    const { row, view } = this;
     if (!row?.width || !size.width || !size.height) return;
     const unit = Math.max(row.width / size.width, row.height / size.height); // a CSS pixel, in the picture's
     const seen = view.seen(row);
     this.title.textContent = `${row.id}: ${countLabels(seen.map(({ one }) => labelOf(one)))}`;
     const groups = seen.map((mark) => this.mark(mark, unit));
     this.marks.replaceChildren(...groups);
-    if (view.names) this.marks.append(...this.tags(seen, unit));
+    if (view.names) this.marks.append(...this.tags(seen, unit, size));
   }
 
   mark({ one, layer, index }, unit) {
@@ -212,8 +212,8 @@ export class Picture {
   }
 
   /** Labels, the surest first; one that finds no free place is left to the table of the row. */
-  tags(seen, unit) {
-    const size = this.small || this.size.width < 500 ? 11 : 13;
+  tags(seen, unit, { width: shown }) {
+    const size = this.small || shown < 500 ? 11 : 13;
     ruler.font = `600 ${size}px ${FONT}`;
     const several = new Set(seen.map(({ layer }) => layer.key)).size > 1;
     const wanted = surestFirst(this.small ? withoutRepeats(seen) : seen).map((mark) => {

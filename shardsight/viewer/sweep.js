@@ -5,9 +5,6 @@ import { axes, figure, polyline, scaleOf, textWidth } from "./charts.js";
 
 /** data: as tune/report.py makes it. */
 export function sweep(data) {
-  const number = ({ name, value, good }) => html("div", {}, html("dt", {}, name),
-    html("dd", { class: good == null ? "" : good ? "good" : "bad" }, value));
-  const chapter = (title, name, ...content) => html("section", { class: name }, html("h2", {}, title), ...content);
   document.body.replaceChildren(
     html("header", { class: "top" }, html("h1", {}, data.title), html("p", { class: "quiet" }, data.subtitle)),
     html("dl", { class: "numbers" }, data.numbers.map(number)),
@@ -21,7 +18,12 @@ export function sweep(data) {
   );
 }
 
-const facts = (pairs) => html("dl", { class: "facts" }, pairs.map(([name, value]) => [html("dt", {}, name), html("dd", {}, value)]));
+export const number = ({ name, value, good }) => html("div", {}, html("dt", {}, name),
+  html("dd", { class: good == null ? "" : good ? "good" : "bad" }, value));
+
+export const chapter = (title, name, ...content) => html("section", { class: name }, html("h2", {}, title), ...content);
+
+export const facts = (pairs) => html("dl", { class: "facts" }, pairs.map(([name, value]) => [html("dt", {}, name), html("dd", {}, value)]));
 
 // --- Learning curves
 
@@ -113,7 +115,7 @@ function scaleFor({ log, labels }, values) {
 
 // --- Every trial
 
-function table({ columns, rows }) {
+export function table({ columns, rows }) {
   const row = ({ best, error, status, cells }) => [
     html("tr", {}, html("th", { scope: "row" }, best ? `★ ${cells[0]}` : cells[0]),
       cells.slice(1).map((cell, n) => html("td", { class: [n === 0 && `is-${status}`, best && "best"].filter(Boolean).join(" ") || null }, cell))),

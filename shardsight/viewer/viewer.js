@@ -327,6 +327,8 @@ export class Gallery {
     for (const card of this.cards) near.observe(card.root);
     this.onlySeen = false;
     view.addEventListener("change", () => this.update());
+    addEventListener("beforeprint", () => this.cards.forEach((card) => card.draw(PRINTED)));
+    addEventListener("afterprint", () => this.update());
   }
 
   update() {
@@ -356,6 +358,8 @@ export class Gallery {
   }
 }
 
+const PRINTED = { width: 240, height: 180 }; // CSS pixels that labels on paper are drawn for, as most cards were never on the screen
+
 class Card {
   near = false;
   old = true;
@@ -377,11 +381,11 @@ class Card {
       html("span", { class: "title" }, nameOf(item)), problem, this.words, said);
   }
 
-  draw() {
+  draw(size) {
     this.old = false;
     for (const [n, { row }] of this.item.rows.entries()) {
-      if (this.panels[n].row) this.panels[n].draw();
-      else this.panels[n].show(row, this.item.picture);
+      if (!this.panels[n].row) this.panels[n].show(row, this.item.picture);
+      this.panels[n].draw(size);
     }
     const words = this.item.rows.map(({ model, row, frames }) =>
       (model ? `${model}: ` : "") + (frames ? describeVideo(this.view, frames) : describe(this.view, row)));

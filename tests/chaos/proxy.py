@@ -1,9 +1,10 @@
-"""A proxy before an S3 server that fails some requests in the ways that a busy store does."""
+"""A proxy before an S3 server that fails some requests in the ways that a busy store does, or is slow."""
 
 import http.client
 import random
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +18,15 @@ FAULTS = ("slow down", "reset before", "reset after", "cut short")
 
 
 class Proxy(ThreadingHTTPServer):
-    """share: of requests that fail, each in one of FAULTS, drawn from `seed`. counts: what happened."""
+    """share: of requests that fail, each in one of FAULTS, drawn from `seed`. delays: seconds that requests of a method
+    take more. counts: what happened."""
 
     daemon_threads = True
 
-    def __init__(self, target: str, share: float, seed: int) -> None:
+    def __init__(self, target: str, share: float, seed: int, delays: dict[str, float]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.share, self.random = urlsplit(target).netloc, share, random.Random(seed)
-        self.counts: Counter[str] = Counter()
+        self.counts, self.delays = Counter[str](), delays
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -32,8 +34,8 @@ class Proxy(ThreadingHTTPServer):
 
 
 @contextmanager
-def proxy(target: str, share: float, seed: int) -> Iterator[Proxy]:
-    server = Proxy(target, share, seed)
+def proxy(target: str, share: float = 0.0, seed: int = 0, delays: dict[str, float] | None = None) -> Iterator[Proxy]:
+    server = Proxy(target, share, seed, delays or {})
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -57,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        time.sleep(self.server.delays.get(self.command, 0.0))
         fault = self.server.random.choice(FAULTS) if self.server.random.random() < self.server.share else "none"
         self.server.counts[fault] += 1
         if fault == "slow down":

@@ -76,7 +76,7 @@ def test_killed_replicas(service: Service, jpegs: list[bytes], victim: str) -> N
 def test_metrics(service: Service, jpegs: list[bytes]) -> None:
     """Ray's Prometheus endpoint has all that the Grafana dashboard draws."""
     service.wait_until_running()
-    drawn = set(re.findall(r"ray_\w+", (ROOT / "serve" / "grafana.json").read_text()))
+    drawn = set(re.findall(r"ray_\w+", (ROOT / "deploy" / "grafana-service.json").read_text()))
     assert len(drawn) > 5
 
     def missing() -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError
+from shardsight.models.paligemma.info import MASKS
 from shardsight.models.paligemma.masks import MaskDecoder, paste
 from shardsight.models.paligemma.prompts import Found, Prompt, Vocabulary, decode_box, find
 
@@ -31,7 +32,7 @@ class Answers:
 
     def __init__(self, tokenizer: Any, folder: str) -> None:
         self.vocabulary = _vocabulary(tokenizer)
-        path = Path(folder) / "vae-oid.npz"
+        path = Path(folder) / MASKS
         self.masks = MaskDecoder.load(path) if path.exists() else None
 
     def text(self, generated: Generated) -> str:

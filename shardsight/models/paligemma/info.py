@@ -19,11 +19,12 @@ from shardsight.storage import Storage, is_remote
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of the LoRA kernels in vLLM
+MASKS = "vae-oid.npz"  # what decodes masks
 # What decides a model's answers, besides `*.safetensors`. generation_config.json names the tokens that end an answer.
 _FILES = (
     "config.json", "generation_config.json", "model.safetensors.index.json", "preprocessor_config.json",
     "processor_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vae-oid.npz",
+    "added_tokens.json", MASKS,
 )  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 

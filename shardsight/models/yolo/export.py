@@ -26,7 +26,7 @@ def export(weights: Path, target: Path, format: str, precision: str, options: di
     Raises ModelError with the exporter's reason.
     """
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / f"{target.name}.pt"
+        copy = Path(folder) / "model.pt"  # ultralytics downloads another model for a name such as yolov5n.pt
         shutil.copy(weights, copy)
         request = {"weights": str(copy), "format": format, "quantize": PRECISIONS[precision], "options": options}
         command = [sys.executable, "-m", "shardsight.models.yolo.export", json.dumps(request)]
@@ -39,7 +39,7 @@ def export(weights: Path, target: Path, format: str, precision: str, options: di
         if "error" in found:
             raise ModelError(f"{format} {precision}: {found['error']}")
         made = Path(found["path"])
-        path = target.with_name(target.name + made.name.removeprefix(target.name).replace("_int8", ""))
+        path = target.with_name(target.name + made.name.removeprefix(copy.stem).replace("_int8", ""))
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)

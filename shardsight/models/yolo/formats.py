@@ -17,13 +17,15 @@ PRECISIONS: dict[str, int | str] = {"fp32": 32, "fp16": 16, "int8": 8, "w8a16": 
 class Format:
     """options: of export, besides imgsz, device and precision. precisions: of PRECISIONS. packages: that it needs, as
     pip takes them; int8_packages: and for weights of 8 bits. machine: `cuda`, `mac`, or the program of a vendor's kit
-    that no package index has; empty for any machine."""
+    that no package index has; empty for any machine. loader: the package that loads an export, where those that write
+    one want other versions of packages than this library."""
 
     options: tuple[str, ...]
     precisions: tuple[str, ...]
     packages: tuple[str, ...] = ()
     int8_packages: tuple[str, ...] = ()
     machine: str = ""
+    loader: str = ""
 
     @property
     def calibrated(self) -> bool:
@@ -36,7 +38,7 @@ _ONNX = ("onnx>=1.12.0,<2.0.0",)
 _SIMPLIFY = ("onnx>=1.12.0,<2.0.0", "onnxruntime", "onnxslim>=0.1.82")
 _TENSORFLOW = ("tensorflow>=2.0.0,<=2.19.0", "onnx2tf>=1.26.3,<1.29.0", "tf_keras<=2.19.0", "sng4onnx>=1.0.1")
 _QUANTIZER = ("ai-edge-quantizer>=0.10.0",)
-_LITERT = ("litert-torch>=0.10.0", "ai-edge-litert>=2.3.0")
+_LITERT = ("litert-torch>=0.10.0", "ai-edge-litert>=2.3.0")  # of which the first wants pydantic<2.12
 
 # In ultralytics' order. The tests hold options and precisions against its own table.
 FORMATS = {
@@ -54,7 +56,9 @@ FORMATS = {
     "saved_model": Format(("batch", "data", "fraction", "nms", "opset"), ("fp32", "int8"), _TENSORFLOW),
     "pb": Format(("batch", "opset"), ("fp32",), _TENSORFLOW),
     "edgetpu": Format(("data", "fraction", "opset"), ("int8",), _TENSORFLOW, (), "edgetpu_compiler"),
-    "litert": Format(("batch", "data", "fraction"), ("fp32", "int8", "w8a16", "w8a32"), _LITERT, _QUANTIZER),
+    "litert": Format(
+        *(("batch", "data", "fraction"), ("fp32", "int8", "w8a16", "w8a32"), _LITERT, _QUANTIZER, "", "ai-edge-litert")
+    ),
     "paddle": Format(("batch",), ("fp32",), ("paddlepaddle>=3.0.0,<3.3.0", "x2paddle")),
     "mnn": Format(("batch", "dynamic", "nms", "opset", "simplify"), _ALL, (*_SIMPLIFY, "MNN>=2.9.6")),
     "ncnn": Format(("batch",), ("fp32", "fp16"), ("ncnn", "pnnx==20260526")),
@@ -85,6 +89,11 @@ def missing(name: str, precision: str) -> str | None:
     wanted = known.packages + (known.int8_packages if precision not in ("fp32", "fp16") else ())
     if lacking := [one for one in wanted if not _is_installed(Requirement(one))]:
         several = "packages" if len(lacking) > 1 else "package"
+        if known.loader:
+            return (
+                f"--format {name} needs the {several} {', '.join(lacking)}, which cannot be installed beside this "
+                f"library: export with ultralytics in another environment, and load it here with {known.loader}"
+            )
         python = os.path.relpath(sys.executable)
         packages = " ".join(f"'{one}'" for one in lacking)
         return f"--format {name} needs the {several} {', '.join(lacking)}: {python} -m pip install {packages}"

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError, weights_of
-from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor
+from shardsight.models.yolo.ultralytics_import import PREDICTORS, YOLO, BaseBackend, BasePredictor, MNNBackend
 
 _TASKS = "expected a YOLO for detect, segment, classify, pose or obb"
+_PACKAGES = {"paddle": "paddlepaddle", "ai_edge_litert": "ai-edge-litert"}  # of modules with other names
 _NO_MODEL = "holds no network of ultralytics (a state_dict alone is not enough): give the whole model"
 
 
@@ -49,7 +50,7 @@ def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
             link.symlink_to(path.resolve())
             yolo, metadata = YOLO(str(link)), {}
     else:
-        metadata = BaseBackend.read_metadata(path)
+        metadata = _metadata(path)
         yolo = YOLO(str(path), task=metadata.get("task"))
     _check_family(path, yolo, metadata)
     fixed = {"mode": "predict", "save": False, "verbose": False, "batch": 1, "rect": True}
@@ -63,6 +64,13 @@ def _open(path: Path, settings: dict[str, Any]) -> BasePredictor:
             f"{path} lacks its metadata, which says its task and classes: export it again with ultralytics"
         )
     return predictor
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What ultralytics wrote down about an export; of MNN's files, only their runtime reads it."""
+    mnn = path.suffix.lower() == ".mnn"
+    found: dict[str, Any] = MNNBackend(path, "cpu").metadata if mnn else BaseBackend.read_metadata(path)
+    return found
 
 
 def _check_archive(path: Path) -> None:
@@ -105,7 +113,8 @@ def _why_not(path: Path, error: Exception) -> str:
         cause = cause.__cause__
     weights = path.suffix.lower() == ".pt"
     if isinstance(cause, ModuleNotFoundError):
-        return f"{path} needs the Python module {cause.name}, which is not installed"
+        package = _PACKAGES.get(str(cause.name), cause.name)
+        return f"{path} needs the Python package {package}, which is not installed"
     if weights and "TorchScript archive" in str(cause):
         return f"{path} is a TorchScript export: give its file the ending .torchscript"
     if isinstance(cause, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(cause))):

@@ -12,13 +12,14 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from shardsight.models.info import ModelDied, ModelError, computes_bf16
+from shardsight.models.info import ModelDied, ModelError, automatic
 from shardsight.models.staging import stage
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
 from shardsight.models.yolo.track import Found, Tracking
+from shardsight.models.yolo.ultralytics_import import multi_label_nms
 from shardsight.row import Failure, frames_of
 from shardsight.storage import Storage, is_remote
 
@@ -32,7 +33,9 @@ class Yolo:
     """One YOLO for detect, segment, classify, pose or obb, as weights or as an export that ultralytics opens.
 
     model: path or uri of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults
-    to the model's own. precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64
+    to the model's own. multi_label: a box is a detection for each of its classes above conf, as in ultralytics' `val`,
+    not only for the best, as in `predict`; exports with NMS inside, and end-to-end networks, decide this themselves.
+    precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64
     on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
     each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. storage:
     options of the model's store, as for the job. Raises ModelError and UsageError.
@@ -46,6 +49,7 @@ class Yolo:
         max_det: int = 300,
         classes: list[int] | None = None,
         imgsz: int | list[int] | None = None,
+        multi_label: bool = False,
         precision: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
@@ -74,6 +78,7 @@ class Yolo:
         self.end2end = native and bool(self.backend.end2end)
         self.compiles = native and not (cuda or classify or self.end2end)
         self.set_thresholds(conf, iou, max_det, classes)
+        self.multi_label = multi_label
         self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
         self.tracking = self.tracker(track, track_config) if track else None
         self.stopwatch = Stopwatch()
@@ -190,11 +195,13 @@ class Yolo:
             else:
                 batch = batch.to(self.predictor.device)
                 batch = batch.to(self.dtype).div_(255) if batch.dtype == torch.uint8 else batch.to(self.dtype)
-                outputs = self.backend(batch)
+                # The runtimes of some exports, such as MNN and ExecuTorch, read memory as if it were (n, 3, h, w).
+                outputs = self.backend(batch if self.backend.format == "pt" else batch.contiguous())
             # ultralytics scales its results to the originals, of which it needs only the shapes.
             originals = [np.broadcast_to(np.uint8(0), (placed.height, placed.width, 3)) for placed in placements]
             self.predictor.batch = [""] * len(frames), None, None
-            results = self.predictor.postprocess(outputs, batch, originals)
+            with multi_label_nms(self.multi_label):
+                results = self.predictor.postprocess(outputs, batch, originals)
             dropped = self.tracking.dropped(results) if self.tracking else [None] * len(results)
         rows = [rows_of(result, self.names, placed) for result, placed in zip(results, placements, strict=True)]
         boxes = [result.boxes if result.obb is None else result.obb for result in results]
@@ -202,7 +209,5 @@ class Yolo:
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:
-    """auto: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
-    if precision == "auto":
-        precision = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    chosen = automatic(cuda) if precision == "auto" else precision
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]

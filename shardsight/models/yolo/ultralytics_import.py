@@ -11,7 +11,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch  # before ultralytics, which sets OMP_NUM_THREADS to 1
 
@@ -38,7 +40,7 @@ def _environment() -> Iterator[None]:
 
 
 with _environment():
-    from ultralytics.utils import SETTINGS, IterableSimpleNamespace, nms, ops
+    from ultralytics.utils import SETTINGS, IterableSimpleNamespace, downloads, nms, ops
 
     dict.__setitem__(SETTINGS, "sync", False)  # no telemetry; SETTINGS.update would write to a file
 
@@ -51,6 +53,7 @@ with _environment():
     from ultralytics.models.yolo.pose import PosePredictor
     from ultralytics.models.yolo.segment import SegmentationPredictor
     from ultralytics.nn.backends.base import BaseBackend
+    from ultralytics.nn.backends.mnn import MNNBackend
     from ultralytics.trackers.track import TRACKER_MAP
 
 __all__ = [
@@ -62,17 +65,44 @@ __all__ = [
     "BasePredictor",
     "Boxes",
     "IterableSimpleNamespace",
+    "MNNBackend",
     "Results",
+    "multi_label_nms",
     "nms",
     "ops",
 ]
 
 PREDICTORS = (DetectionPredictor, SegmentationPredictor, ClassificationPredictor, PosePredictor, OBBPredictor)
 
+# Every data set's check asks GitHub for a font, and downloads it; what is not there is not downloaded.
+_is_url = downloads.is_url
+downloads.is_url = lambda url, check=False: not check and _is_url(url)
+
 # torchvision's NMS, as ultralytics uses it where torchvision is imported; importing all of torchvision takes 6 s.
 _torchvision = importlib.util.find_spec("torchvision")
 if _torchvision and _torchvision.origin:
     torch.ops.load_library(str(Path(_torchvision.origin).with_name("_C.so")))
     nms.TorchNMS.nms = staticmethod(torch.ops.torchvision.nms)
-# Without a time limit: by default, pictures not reached within 2 s and 50 ms per picture have no detections.
-nms.non_max_suppression = functools.partial(nms.non_max_suppression, max_time_img=math.inf)
+
+_non_max_suppression = nms.non_max_suppression
+_multi_label: ContextVar[bool] = ContextVar("multi_label", default=False)
+
+
+@contextmanager
+def multi_label_nms(multi_label: bool) -> Iterator[None]:
+    """Within it, and in this thread, predictors give a box for each class above `conf`, as ultralytics' `val` does,
+    where multi_label; otherwise for its best class."""
+    token = _multi_label.set(multi_label)
+    try:
+        yield
+    finally:
+        _multi_label.reset(token)
+
+
+@functools.wraps(_non_max_suppression)
+def _nms(*arguments: Any, **options: Any) -> Any:
+    """Without a time limit: by default, pictures not reached within 2 s and 50 ms per picture have no detections."""
+    return _non_max_suppression(*arguments, **{"multi_label": _multi_label.get(), "max_time_img": math.inf} | options)
+
+
+nms.non_max_suppression = _nms
