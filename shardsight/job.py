@@ -276,7 +276,7 @@ class _Run:
         settings = self.settings
         cluster.join(settings.verbose)
         dead = cluster.dead()
-        load = selection.loader(self.models, settings, self.storage, settings.keep_images)
+        load = selection.loader(self.models, settings, self.storage)
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
         stages = actors.plan(
             selection.arguments(self.models, settings), wanted, settings.gpus_per_actor, settings.label_selector or None

@@ -1,6 +1,7 @@
 """The row: one Arrow schema for every job, and the columns that go with a row until it is written."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ DETECTION = pa.struct(
         ("mask", pa.struct([("height", pa.int32()), ("width", pa.int32()), ("counts", pa.string())])),
         ("keypoints", pa.list_(pa.struct([("x", pa.float32()), ("y", pa.float32()), ("score", pa.float32())]))),
         ("text", pa.string()),
+        ("crop", pa.binary()),  # JPEG of what the box touches
     ]
 )
 CLASS = pa.struct([("label", pa.string()), ("class_id", pa.int32()), ("score", pa.float32())])
@@ -129,6 +131,19 @@ def clips_of(table: pa.Table) -> Iterator[tuple[int, list[np.ndarray], list[int]
             )
             sizes = zip(frames, heights.to_pylist(), widths.to_pylist(), strict=True)
             yield index, [frame_of(frame.as_buffer(), *size) for frame, *size in sizes], indices.to_pylist()
+
+
+def crop_of(frame: np.ndarray, box: dict[str, Any]) -> np.ndarray:
+    """The pixels of an unscaled picture, (h, w, 3), that a detection's box touches; at least one."""
+    x1, y1 = max(0, math.floor(box["x1"])), max(0, math.floor(box["y1"]))
+    x1, y1 = min(x1, frame.shape[1] - 1), min(y1, frame.shape[0] - 1)
+    return frame[y1 : max(y1 + 1, math.ceil(box["y2"])), x1 : max(x1 + 1, math.ceil(box["x2"]))]
+
+
+def without_pictures(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the encoded picture and crops that it may hold."""
+    detections = row["detections"] and [one | {"crop": None} for one in row["detections"]]
+    return row | {"image": None, "detections": detections}
 
 
 def without_frames(table: pa.Table) -> pa.Table:

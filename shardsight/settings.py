@@ -31,7 +31,7 @@ _FREE = {
     "storage", "overwrite", "retry_errors", "max_error_rate", "config", "verbose",
 }  # fmt: skip
 # Settings that change rows only where there is such a model, or where there are several PaliGemmas.
-_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "multi_label", "track", "track_config"}
+_OF_YOLO = {"conf", "iou", "max_det", "classes", "imgsz", "multi_label", "track", "track_config", "crops"}
 _OF_PALIGEMMA = {"revision", "adapter", "prompt", "prompt_column", "on", "max_tokens", "clip_frames", "clip_seconds"}
 _OF_SEVERAL = {"resolution", "small_box", "lost_detail"}
 SECRET = ("account_key", "client_secret", "connection_string", "key", "sas_token", "secret", "token")
@@ -205,6 +205,9 @@ class Settings(Models):
     keep_images: CliToggleFlag[bool] = Field(
         False, description="store the encoded pictures with their rows; a JPEG of a video's frame"
     )
+    crops: CliToggleFlag[bool] = Field(
+        False, description="store a JPEG of each of YOLO's detections, cut out of the picture in full"
+    )
     limit: int | None = Field(None, ge=1, description="the first N inputs only")
     overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
     retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
@@ -237,6 +240,8 @@ class Settings(Models):
             raise ValueError("no model: give --yolo MODEL, --paligemma MODEL or both")
         if self.on == "regions" and not (self.yolo and self.paligemma):
             raise ValueError("--on regions asks PaliGemma about YOLO's detections: give both --yolo and --paligemma")
+        if self.crops and not self.yolo:
+            raise ValueError("--crops stores what YOLO detects: give --yolo MODEL")
         self._check_video()
         if self.adapter and len(self.paligemma) > 1:
             raise ValueError(f"--adapter belongs to one model: give one --paligemma, not {len(self.paligemma)}")
@@ -400,7 +405,7 @@ def _sentence(error: ValidationError, flag: str = "--") -> str:
 _HELP = {
     "Input and output": {
         **{"inputs": "INPUT...", "output": "PATH", "limit": "N", "image_column": "NAME", "uri_column": "NAME"},
-        **{"keep_images": "", "rows_per_file": "N", "storage": "KEY=VALUE"},
+        **{"keep_images": "", "crops": "", "rows_per_file": "N", "storage": "KEY=VALUE"},
     },
     "YOLO": {
         **{"yolo": "PATH", "conf": "0..1", "iou": "0..1", "max_det": "N", "classes": "N,N,...", "imgsz": "N or H,W"},

@@ -1,8 +1,10 @@
 """The main job, as users run it: bad input, restarts, refusals, and what opens its results."""
 
+import base64
 import contextlib
 import io
 import json
+import math
 import shutil
 import signal
 import struct
@@ -13,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+import shardsight.cli
+from shardsight.decode.pictures import decode
+from shardsight.models.yolo.model import Yolo
 from shardsight.row import ROW
 from tests.conftest import PHOTOGRAPHS, WEIGHTS, job_of, rows_of, start_job, write_tar
 
@@ -343,6 +350,35 @@ def finished(one_ray: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPat
     command = [str(folder), "--output", str(out), "--yolo", str(WEIGHTS / "detect.pt"), "--max-error-rate", "1"]
     assert annotate([*command, "--keep-images", "--rows-per-file", "3"]) == 0
     return out
+
+
+def test_crops_are_cut_out_of_the_original(tmp_path: Path, annotate: Annotate, detector: Path) -> None:
+    """Decoded for YOLO, a photograph has lost what a crop is looked at for. The job's page does without them."""
+    (tmp_path / "in").mkdir()
+    with Image.open(PHOTOGRAPHS[0]) as picture:  # larger than the model's input
+        picture.resize((1620, 2160)).save(tmp_path / "in" / "bus.jpg", quality=95)
+    out = tmp_path / "out"
+    assert annotate(tmp_path / "in", "--output", out, "--yolo", detector, "--conf", 0.02, "--crops")[0] == 0
+    (row,) = rows_of(out)
+    picture = decode((tmp_path / "in" / "bus.jpg").read_bytes())[0].astype(int)
+    assert row["detections"]
+    for one in row["detections"]:
+        crop = decode(one["crop"])[0]
+        x1, y1 = math.floor(one["x1"]), math.floor(one["y1"])
+        assert crop.shape[:2] == (math.ceil(one["y2"]) - y1, math.ceil(one["x2"]) - x1)
+        original = picture[y1 : y1 + crop.shape[0], x1 : x1 + crop.shape[1]]
+        assert np.abs(original - crop).mean() < 4
+    assert shardsight.cli.show([str(out), "--page", str(tmp_path / "page.html")]) == 0
+    assert base64.b64encode(row["detections"][0]["crop"][:30]).decode() not in (tmp_path / "page.html").read_text()
+
+    (without,) = Yolo(str(detector), conf=0.02)([PHOTOGRAPHS[0].read_bytes()])
+    (with_crops,) = Yolo(str(detector), conf=0.02, crops=True)([PHOTOGRAPHS[0].read_bytes()])
+    assert {one["crop"] for one in without["detections"]} == {None}
+    assert all(one["crop"][:2] == b"\xff\xd8" for one in with_crops["detections"])
+
+    for model, reason in ((("--yolo", WEIGHTS / "classify.pt"), "classifier"), (("--paligemma", "p"), "--yolo")):
+        code, said = annotate(tmp_path / "in", "--output", tmp_path / "other", "--crops", *model)
+        assert code == 2 and reason in said and said.count("\n") == 1, said
 
 
 def test_the_readers_that_people_use(finished: Path) -> None:

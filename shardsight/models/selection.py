@@ -23,8 +23,9 @@ def inspect(settings: Models) -> ModelInfos:
     models: ModelInfos = {}
     if settings.yolo:
         models["yolo"] = info = yolo.inspect(settings.yolo, settings.imgsz, Storage(settings.storage))
-        if settings.track and info.task == "classify":
-            raise UsageError(f"--track: {info.path} is a classifier, which finds no boxes: give another model")
+        if (settings.track or _crops(settings)) and info.task == "classify":
+            flag = "--track" if settings.track else "--crops"
+            raise UsageError(f"{flag}: {info.path} is a classifier, which finds no boxes: give another model")
         if settings.precision == "int8" and info.path.endswith(".pt"):
             command = f"jobs.export {info.path} --format openvino --precision int8 --data PICTURES --output DIR"
             raise UsageError(f"--precision int8 takes calibrated weights: give --yolo what {command} writes")
@@ -59,7 +60,7 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
         if isinstance(model, YoloInfo):
             found[name] = yolo.arguments(settings, model)
             if isinstance(settings, Settings):
-                found[name]["multi_label"] = settings.multi_label
+                found[name] |= {"multi_label": settings.multi_label, "crops": settings.crops}
             continue
         found[name] = paligemma.arguments(settings, model)
         if isinstance(settings, Settings):
@@ -69,11 +70,15 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
     return found
 
 
-def loader(models: ModelInfos, settings: Models, storage: Storage, keep_images: bool = False) -> Load:
+def _crops(settings: Models) -> bool:
+    return isinstance(settings, Settings) and settings.crops
+
+
+def loader(models: ModelInfos, settings: Models, storage: Storage) -> Load:
     """What reads and decodes pictures and videos at the size that these models need."""
     inputs = tuple(model.input for model in models.values())
     input: Input | None = inputs[0] if len(inputs) == 1 else Largest(inputs)
-    if settings.track and needs_pixels(tracker_settings(settings.track, settings.track_config)):
+    if _crops(settings) or (settings.track and needs_pixels(tracker_settings(settings.track, settings.track_config))):
         input = None  # frames keep their size
     clips = None
     if settings.clip_frames and settings.clip_seconds:
@@ -82,7 +87,7 @@ def loader(models: ModelInfos, settings: Models, storage: Storage, keep_images: 
         storage,
         input,
         settings.scaled_decode and settings.on != "regions",  # regions are cropped from the original
-        keep_images,
+        isinstance(settings, Settings) and settings.keep_images,
         Sampling(settings.fps, settings.every, settings.keyframes),
         clips,
         TRACKED_BYTES if settings.track else BYTES,

@@ -78,11 +78,11 @@ def with_results(
     return table
 
 
-def from_pictures(pictures: Picture | Sequence[Picture], input: Input) -> pa.Table:
+def from_pictures(pictures: Picture | Sequence[Picture], input: Input | None) -> pa.Table:
     """One picture, or a list or tuple of them → a table of ROW, FRAME and SECONDS, as in a job.
 
-    input: the model's; JPEGs are decoded no larger than it needs. Bytes that cannot be decoded become a row with an
-    `error`. Raises TypeError for other types and for arrays of other shapes.
+    input: the model's; JPEGs are decoded no larger than it needs, without one in full. Bytes that cannot be decoded
+    become a row with an `error`. Raises TypeError for other types and for arrays of other shapes.
     """
     many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     return pa.Table.from_pylist([_row(picture, input) for picture in many], _SCHEMA)
@@ -93,16 +93,16 @@ def to_rows(table: pa.Table) -> list[dict[str, Any]]:
     return table.select(ROW.names).to_pylist()
 
 
-def _row(picture: Any, input: Input) -> dict[str, Any]:
+def _row(picture: Any, input: Input | None) -> dict[str, Any]:
     try:
         if isinstance(picture, (bytes, bytearray, memoryview)):
-            frame, width, height = decode(bytes(picture), input.needed_size)
+            frame, width, height = decode(bytes(picture), input.needed_size if input else None)
         else:
             frame = _pillow(picture) if isinstance(picture, Image.Image) else _array(picture)
             height, width = frame.shape[:2]
     except Failure as failure:
         return {"error": failure.row("decode")}
-    return frame_columns(input.shrink(frame, width, height), width, height)
+    return frame_columns(input.shrink(frame, width, height) if input else frame, width, height)
 
 
 def _pillow(picture: Image.Image) -> np.ndarray:

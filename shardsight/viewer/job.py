@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from shardsight.decode.pictures import decode
 from shardsight.errors import UsageError
 from shardsight.results.writer import Results
-from shardsight.row import Failure, video_of
+from shardsight.row import Failure, video_of, without_pictures
 from shardsight.sources import pictures
 from shardsight.storage import Storage, StorageError, explain, is_remote
 from shardsight.viewer.page import page, thumbnail
@@ -76,7 +76,7 @@ def summary(out: str, job: Mapping[str, Any], count: int, storage: Storage) -> d
     seen = thumbnails(stills, storage, side, job["configuration"].get("image_column"))
     videos = Videos([row for row in chosen if row["frame_index"] is not None], counts.videos, job, storage).items()
     items = [
-        {**seen[row["id"]], "rows": [{"model": None, "row": row | {"image": None}}]}
+        {**seen[row["id"]], "rows": [{"model": None, "row": without_pictures(row)}]}
         if row["frame_index"] is None
         else videos[video_of(row["id"])]
         for row in chosen

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from shardsight.decode import video
 from shardsight.decode.video import Sampling
-from shardsight.row import FRAME_OF_VIDEO, ROW, Failure, video_of
+from shardsight.row import FRAME_OF_VIDEO, ROW, Failure, video_of, without_pictures
 from shardsight.sources import open_file, pictures
 from shardsight.storage import Storage, StorageError, explain
 from shardsight.viewer.mp4 import Limits, SmallVideo, encode, small_size
@@ -70,7 +70,7 @@ class Videos:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=columns):
                     kept = pc.and_(pc.is_in(videos_of(batch["id"]), wanted), pc.is_valid(batch["frame_index"]))
                     for row in batch.filter(pc.and_(kept, pc.is_null(batch["error"]))).to_pylist():
-                        rows[video_of(row["id"])].append(row | {"image": None})
+                        rows[video_of(row["id"])].append(without_pictures(row))
                 for own in rows.values():
                     own.sort(key=lambda row: row["frame_index"])
                     del own[self.limits.frames + 1 :]

@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from shardsight.models.paligemma.info import inspect, request_length
 from shardsight.models.paligemma.prompts import Prompt, PromptError, Sampling
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
-from shardsight.row import Failure, clips_of, frames_of
+from shardsight.row import Failure, clips_of, crop_of, frames_of
 from shardsight.storage import Storage
 
 GREEDY = Sampling()
@@ -127,7 +126,7 @@ class PaliGemma:
             boxes = detections[index] or []
             subjects: list[tuple[dict[str, Any] | None, Sequence[np.ndarray]]]
             if regions:
-                crops = [(box, _crop(frames[0], box)) for box in boxes]
+                crops = [(box, crop_of(frames[0], box)) for box in boxes]
                 subjects = [(box, [crop]) for box, crop in crops if not self.route or self.route.takes(crop, [], 1, 1)]
             elif self.route and not self.route.takes(frames[0], boxes, *sizes[index]):
                 continue
@@ -215,10 +214,3 @@ def _refused(failure: Failure) -> "Future[Generated]":
     refused: Future[Generated] = Future()
     refused.set_exception(failure)
     return refused
-
-
-def _crop(frame: np.ndarray, box: dict[str, Any]) -> np.ndarray:
-    """The pixels of an unscaled picture, (h, w, 3), that a box touches; at least one."""
-    x1, y1 = max(0, math.floor(box["x1"])), max(0, math.floor(box["y1"]))
-    x1, y1 = min(x1, frame.shape[1] - 1), min(y1, frame.shape[0] - 1)
-    return frame[y1 : max(y1 + 1, math.ceil(box["y2"])), x1 : max(x1 + 1, math.ceil(box["x2"]))]

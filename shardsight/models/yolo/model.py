@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -20,7 +21,7 @@ from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
 from shardsight.models.yolo.track import Found, Tracking
 from shardsight.models.yolo.ultralytics_import import multi_label_nms
-from shardsight.row import Failure, frames_of
+from shardsight.row import Failure, crop_of, frames_of
 from shardsight.storage import Storage, is_remote
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class Yolo:
     not only for the best, as in `predict`; exports with NMS inside, and end-to-end networks, decide this themselves.
     precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64
     on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
-    each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. storage:
-    options of the model's store, as for the job. Raises ModelError and UsageError.
+    each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. crops: store
+    a JPEG of each detection, for which a table's frames must be unscaled. storage: options of the model's store, as for
+    the job. Raises ModelError and UsageError.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Yolo:
         threads: int | None = None,
         track: str | None = None,
         track_config: dict[str, Any] | None = None,
+        crops: bool = False,
         storage: dict[str, str] | None = None,
     ) -> None:
         if is_remote(model):
@@ -79,6 +82,7 @@ class Yolo:
         self.compiles = native and not (cuda or classify or self.end2end)
         self.set_thresholds(conf, iou, max_det, classes)
         self.multi_label = multi_label
+        self.crops = crops
         self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
         self.tracking = self.tracker(track, track_config) if track else None
         self.stopwatch = Stopwatch()
@@ -131,7 +135,7 @@ class Yolo:
         """
         if isinstance(pictures, pa.Table):
             return self._annotate(pictures)
-        return to_rows(self._annotate(from_pictures(pictures, self.input)))
+        return to_rows(self._annotate(from_pictures(pictures, None if self.crops else self.input)))
 
     def _annotate(self, table: pa.Table) -> pa.Table:
         began = self.stopwatch.now()
@@ -151,6 +155,8 @@ class Yolo:
                         found[index] = outcome
         if self.tracking:
             self.tracking.follow(table, found, errors)
+        if self.crops:
+            _cut_out(table, found, errors)
         computed = [index for group in groups.values() for index, _, _ in group]
         rows = [one and one.rows for one in found]
         column = "classes" if self.task == "classify" else "detections"
@@ -206,6 +212,17 @@ class Yolo:
         rows = [rows_of(result, self.names, placed) for result, placed in zip(results, placements, strict=True)]
         boxes = [result.boxes if result.obb is None else result.obb for result in results]
         return [Found(*each) for each in zip(rows, boxes, dropped, strict=True)]
+
+
+def _cut_out(table: pa.Table, found: list[Found | None], errors: list[dict[str, str] | None]) -> None:
+    """Add to what was found in each unscaled frame its `crop`."""
+    for index, frame in frames_of(table):
+        one = found[index]
+        try:
+            for row in one.rows if one else ():
+                row["crop"] = simplejpeg.encode_jpeg(np.ascontiguousarray(crop_of(frame, row)), quality=95)
+        except Exception as error:  # a side of more than 65,535 pixels fits in no JPEG
+            found[index], errors[index] = None, Failure.of(error).row("yolo")
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:
