@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,11 +130,13 @@ def free_port() -> int:
 @contextmanager
 def ray_head(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`ray start --head` with two CPUs and ports of its own, and its token in the environment of what asks it: its
-    process, and the dashboard's address, which may not answer yet."""
+    process, and the dashboard's address, which may not answer yet. Jobs of other tests, which would join a local
+    `ray start`, do not find it."""
     dashboard = free_port()
     # The agent's own port by default may be another cluster's on this machine, and then no job is ever run.
     ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.delenv("RAY_ADDRESS", raising=False)

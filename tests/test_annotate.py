@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import struct
@@ -224,13 +225,14 @@ def files_of(out: Path) -> int:
     return len(list((out / "results").glob("*.parquet")))
 
 
-def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 300) -> None:
     for _ in range(int(seconds / 0.1)):
         if condition():
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    raise AssertionError("it did not happen in time")
+    os.set_blocking(process.stderr.fileno(), False)
+    raise AssertionError(f"it did not happen in time; what the job said: {process.stderr.read()!r}")
 
 
 def test_refusals(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detector: Path) -> None:

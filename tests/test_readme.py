@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def type_in(one_ray: str, s3: S3, jpegs: list[bytes], tmp_path_factory: pytest.T
 @contextmanager
 def _service(environment: dict[str, str]) -> Iterator[None]:
     """`make serve`, once it answers."""
-    service = subprocess.Popen(["make", "serve"], cwd=ROOT, env=environment, start_new_session=True)
+    # What runs the tests in the background has its children ignore interrupts.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = ["make", "serve"]
+    service = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=heard)
     try:
         for _ in range(1500):
             assert service.poll() is None

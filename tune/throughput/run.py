@@ -133,7 +133,8 @@ class _Run:
         """Whether a job with it could run: decoding needs a CPU, too."""
         stage = self._plan(configuration, configuration.model)[0]
         cpus, count = ray.cluster_resources().get("CPU", 1.0), stage.initial
-        return bool(stage.cpus * count + 1 <= cpus and stage.gpus * count <= self.gpus + 1e-6)
+        each = stage.cpus if stage.gpus else max(stage.cpus, 1.0)  # less only while other jobs hold the rest
+        return bool(each * count + 1 <= cpus and stage.gpus * count <= self.gpus + 1e-6)
 
     # --- The trials
 
