@@ -82,6 +82,14 @@ def test_what_is_clearly_faster_is_chosen(noise: float, busy: float) -> None:
     assert chosen.number == 3 and finals[0].won and ratio(finals[0].rounds) == pytest.approx(1.9, rel=0.1)
 
 
+def test_a_small_gain_is_not_chosen() -> None:
+    """What is 3 % faster in its rounds, however surely, may be slower in the next job."""
+    machine = Machine([100.0, 103.0], 0.001)
+    chosen, finals = choose(machine.trials([0.5] * 2), 0.3, machine.duel)
+    assert chosen.number == 1 and not finals
+    assert not is_faster(machine.rounds(2, 1, ROUNDS))
+
+
 def test_accuracy_is_kept() -> None:
     """A configuration that is fast because it sees little is on the front, and is not chosen."""
     machine = Machine([100.0, 400.0, 200.0, 150.0], 0.02)

@@ -18,6 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
@@ -30,10 +31,11 @@ from shardsight.errors import UsageError
 from shardsight.models.paligemma.info import inspect
 from tests import small_paligemma
 from tests.ask_paligemma import Asked, ask
-from tests.conftest import ROOT, WEIGHTS
+from tests.conftest import ROOT, WEIGHTS, free_port
 from tune import paligemma
 from tune.paligemma_data import Changes, Example, ordered
 from tune.paligemma_training import HYPERPARAMETERS, Request, Trial, load, loss_of, memory
+from tune.paligemma_workers import joined
 
 torch.set_num_threads(1)  # of models this small, two threads wait for each other
 ANSWERS = ["red", "two dogs", "a blue car in the picture", "<loc0010><loc0020><loc0500><loc1023> car"]
@@ -139,6 +141,49 @@ def test_the_loss_is_hugging_faces(model: Path, tmp_path: Path, weights: str, pa
     losses = trained(tmp_path / "run", asked).losses
     assert len(losses) == 20
     np.testing.assert_allclose(losses, reference(asked, weights, 20), atol=1e-4, rtol=0)
+
+
+def _train_as(rank: int, port: int, run: Path, asked: Request, losses: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=not rank, wait_for_workers=False)
+    with joined(rank, 2, store) as group:
+        run.mkdir(parents=True)
+        reported: list[dict[str, Any]] = []
+        trial = Noted(run, asked, {}, reported.append, group)
+        trial.train()
+    losses.write_text(json.dumps([trial.losses, reported]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "steps"),
+    [("all", 5, 4), *(pytest.param(weights, 39, 20, marks=pytest.mark.slow) for weights in ("all", "lora"))],
+)
+def test_two_workers_have_the_loss_of_one(model: Path, tmp_path: Path, weights: str, count: int, steps: int) -> None:
+    """Also where the last batch of an epoch has two pictures for the first and one for the second, or one and none. And
+    both measure their share of the pictures that are measured on."""
+    asked = request(model, write_set(tmp_path / "data", count), settings={"weights": weights, "micro_batch": 1})
+    port, found = free_port(), []
+    processes = [
+        get_context("spawn").Process(
+            target=_train_as, args=(rank, port, tmp_path / f"run {rank}", asked, tmp_path / f"{rank}.json")
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join()
+        assert process.exitcode == 0
+        found.append(json.loads((tmp_path / f"{rank}.json").read_text()))
+    (losses, reported), (others, silent) = found
+    assert losses == others and len(losses) == steps and not silent
+    np.testing.assert_allclose(losses, reference(asked, weights, steps), atol=1e-4, rtol=0)
+    alone: list[dict[str, Any]] = []
+    (tmp_path / "alone").mkdir()
+    Trial(tmp_path / "alone", asked, {}, alone.append).train()
+    for mine, theirs in zip(reported, alone, strict=True):
+        assert mine["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-4)
+        assert mine["fitness"] == theirs["fitness"]
 
 
 def test_label_smoothing_is_big_visions(tmp_path: Path) -> None:

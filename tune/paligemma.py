@@ -4,10 +4,11 @@
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliToggleFlag
 
 from shardsight.errors import UsageError
@@ -60,12 +61,21 @@ class Settings(command.Sweeping):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of computing; auto is bf16 where the machine has it. Trained weights are fp32"
     )
+    workers: int = Field(
+        1, ge=1, description="processes of a trial, which share each batch, each with --gpus-per-trial and a whole model"
+    )
     save_steps: int = Field(500, ge=0, description="steps between checkpoints within an epoch; 0 for none")
 
     @field_validator("data", "val")
     @classmethod
     def _place(cls, value: str | None) -> str | None:
         return None if value is None else absolute(value)
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.workers > 1 and 0 < (self.gpus_per_trial or 0) < 1:
+            raise ValueError("--workers each take a whole GPU: leave --gpus-per-trial out, or give 1")
+        return self
 
 
 _HELP = (
@@ -88,6 +98,7 @@ _HELP = (
         "noise_boxes": "N",
         "precision": "auto|fp32|bf16",
         "save_steps": "N",
+        "workers": "N",
     },
 )
 _EXAMPLES = """Examples:
@@ -141,6 +152,7 @@ def plan(settings: Settings) -> Any:
         precision=settings.precision,
         save_steps=settings.save_steps,
         threads=settings.cpus_per_trial,
+        workers=settings.workers,
         storage=settings.storage,
     )
     trainable = partial(training.train, request=request)
@@ -151,7 +163,8 @@ def plan(settings: Settings) -> Any:
         "base": {"model": settings.model, "sha256": info.sha256},
         "data": data.about(settings.data),
     }
-    return command.sweep_of(settings, space, trainable, searcher, about, ("transformers", "peft"))
+    sweep = command.sweep_of(settings, space, trainable, searcher, about, ("transformers", "peft"))
+    return replace(sweep, workers=settings.workers)
 
 
 if __name__ == "__main__":

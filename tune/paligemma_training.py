@@ -6,6 +6,7 @@ tokens of all answers of a step, however many parts it is computed in, as Huggin
 big_vision takes the mean of each answer first.
 """
 
+import functools
 import math
 import shutil
 import tempfile
@@ -41,6 +42,7 @@ from shardsight.sources.files import ahead
 from shardsight.storage import Storage
 from shardsight.truth import Sample, Truth
 from tune.paligemma_data import Changes, Collator, Draw, Example, ordered
+from tune.paligemma_workers import Group, WorkerDied, started
 
 # Hyperparameters, and what they are by default; see also LR.
 HYPERPARAMETERS: dict[str, Any] = {
@@ -73,7 +75,7 @@ class Request:
 
     settings: hyperparameters, where a trial says nothing. changes: of what is learnt, anew each epoch. longest: tokens
     of a right answer, at most. merge: fold a LoRA into its model. precision: auto, fp32 or bf16. save_steps: steps
-    between checkpoints within an epoch; 0 for none.
+    between checkpoints within an epoch; 0 for none. workers: processes of a trial, which share each batch.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Request:
     precision: str = "auto"
     save_steps: int = 0
     threads: int = 1
+    workers: int = 1
     storage: dict[str, str] = field(default_factory=dict)
 
 
@@ -97,23 +100,32 @@ def train(config: dict[str, Any], request: Request) -> None:
     Reports each epoch's metrics and a checkpoint. A failure is reported as `error` and `traceback`, with the fitness 0,
     and ends the trial: after an exception Tune would try again what fails again. Only a process that dies is restarted.
     """
-    torch.set_num_threads(request.threads)
-    run = Path(tempfile.mkdtemp(prefix="shardsight-trial-"))
     try:
-        saved = tune.get_checkpoint()
-        if saved:
-            saved.to_directory(run)
-        Trial(
-            run, request, config, lambda values: tune.report(values, checkpoint=tune.Checkpoint.from_directory(run))
-        ).train()
+        work = functools.partial(_train, config, request, tune.get_checkpoint())
+        with started(request.workers, work) as group:
+            work(group)
+    except WorkerDied:
+        raise  # and Tune starts the trial again, as if this process had died
     except Exception as error:
         said = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
         said += " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
             said = "the GPU's memory is too small: lower micro_batch, or train weights=lora"
         tune.report({"error": said[:1000], "traceback": traceback.format_exc(), "fitness": 0.0, "epoch": 1})
-    finally:
-        shutil.rmtree(run, ignore_errors=True)
+
+
+def _train(config: dict[str, Any], request: Request, saved: tune.Checkpoint | None, group: Group) -> None:
+    """The part of one process in a trial, the first of which reports."""
+    torch.set_num_threads(request.threads)
+    with tempfile.TemporaryDirectory(prefix="shardsight-trial-") as name:
+        run = Path(name)
+        if saved:
+            saved.to_directory(run)
+
+        def report(values: dict[str, Any]) -> None:
+            tune.report(values, checkpoint=tune.Checkpoint.from_directory(run))
+
+        Trial(run, request, config, report, group).train()
 
 
 def load(info: PaliGemmaInfo, settings: dict[str, Any], bf16: bool, device: str) -> Any:
@@ -196,12 +208,18 @@ def rate(step: int, total: int, warmup: float) -> float:
 
 class Trial:
     """A training that goes on from what is in `run`, a folder of this process. report: is given the metrics of each
-    epoch, or that it is `partial`, when the folder holds a checkpoint."""
+    epoch, or that it is `partial`, when the folder holds a checkpoint. group: of processes that train together, of
+    which the first reports."""
 
     def __init__(
-        self, run: Path, request: Request, config: dict[str, Any], report: Callable[[dict[str, Any]], None]
+        self,
+        run: Path,
+        request: Request,
+        config: dict[str, Any],
+        report: Callable[[dict[str, Any]], None],
+        group: Group = Group(),
     ) -> None:
-        self.run, self.request, self.report = run, request, report
+        self.run, self.request, self.report, self.group = run, request, report, group
         self.settings = HYPERPARAMETERS | request.settings | config
         self.storage = Storage(request.storage)
         self.base: str = self.settings["model"] or request.model
@@ -236,10 +254,10 @@ class Trial:
             self._end(epoch, began)
 
     def _steps(self, epoch: int) -> Iterator[list[Any]]:
-        """The parts of each step of an epoch that is still to be done."""
+        """The parts of each step of an epoch that is still to be done, as far as this process computes them."""
         size, part = self.settings["batch"], self.settings["micro_batch"]
         examples = ordered(self.request.train, self.request.seed, epoch)[self.done.step % self.batches * size :]
-        steps = (examples[n : n + size] for n in range(0, len(examples), size))
+        steps = (self.group.share(examples[n : n + size]) for n in range(0, len(examples), size))
         yield from ahead(
             lambda step: [self.collator.train(step[n : n + part]) for n in range(0, len(step), part)], steps, 2
         )
@@ -247,18 +265,21 @@ class Trial:
     def step(self, batch: list[Any]) -> float:
         """One step of the optimizer, on all parts of its batch; its loss."""
         step = self.done.step
-        torch.manual_seed(self.request.seed * 1_000_003 + step)  # dropout follows from the step alone
+        # Dropout follows from the step alone, and differs between processes.
+        torch.manual_seed((self.request.seed * 1_000_003 + step) * self.group.count + self.group.rank)
         self.model.train()
-        tokens = sum(int((part["labels"] >= 0).sum()) for part in batch)
+        tokens = int(self.group.sum(sum(int((part["labels"] >= 0).sum()) for part in batch))[0])
         total = 0.0
         for part in batch:
             with self._autocast():
                 loss = loss_of(self.model, part.to(self.device), self.settings["label_smoothing"]) / tokens
             loss.backward()
             total += float(loss.detach())
+        (total,) = self.group.sum(total)
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss of step {step + 1} is {total}: lower lr")
         trained = [one for group in self.optimizer.param_groups for one in group["params"]]
+        self.group.sum_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained, self.settings["clip"])
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
@@ -280,7 +301,7 @@ class Trial:
         """Measure, keep the best, report."""
         measured = self.measure()
         done, fitness = self.done, measured["fitness"]
-        if not (self.run / _BEST).exists() or fitness > done.best:
+        if self.group.rank == 0 and (not (self.run / _BEST).exists() or fitness > done.best):
             self._keep(self.run / _BEST)
         metrics = {"train/loss": done.loss / done.tokens, "lr/all": self._rate(done.step - 1)} | measured
         seconds = done.seconds + time.monotonic() - began
@@ -293,17 +314,20 @@ class Trial:
         """fitness, by the main measure of jobs.evaluate; all of its measures; and the loss, of the right answers."""
         self.model.eval()
         val, size = self.request.val, self.settings["micro_batch"]
-        parts = [val[n : n + size] for n in range(0, len(val), size)]
+        own = self.group.share([val[n : n + size] for n in range(0, len(val), size)])
         loss, tokens = 0.0, 0
-        rows: dict[str, dict[str, Any]] = {}
-        for part in parts:
+        answers: list[tuple[str, dict[str, Any]]] = []
+        for part in own:
             inputs = self.collator.train([Draw(one, one.suffixes[0]) for one in part])
             tokens += int((inputs["labels"] >= 0).sum())
             with self._autocast():
                 loss += float(loss_of(self.model, inputs.to(self.device), 0.0))
-            for one, answer in zip(part, self._answers(part), strict=True):
-                row = rows.setdefault(one.image, {"width": answer.pop("width"), "height": answer.pop("height")})
-                row.setdefault("answers", []).append(answer)
+            answers += zip((one.image for one in part), self._answers(part), strict=True)
+        loss, tokens = self.group.sum(loss, tokens)
+        rows: dict[str, dict[str, Any]] = {}
+        for image, answer in self.group.gather(answers):
+            row = rows.setdefault(image, {"width": answer.pop("width"), "height": answer.pop("height")})
+            row.setdefault("answers", []).append(answer)
         asked: dict[str, dict[str, list[str]]] = {}
         for one in val:
             asked.setdefault(one.image, {})[one.prefix] = list(one.suffixes)
@@ -362,6 +386,8 @@ class Trial:
         save(weights, self.info.path, self.processor, folder)
 
     def _report(self, values: dict[str, Any]) -> None:
+        if self.group.rank:
+            return
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         state = {
             "done": asdict(self.done),

@@ -8,6 +8,7 @@ other and up to ten seconds late; a driver killed meanwhile would lose trials, o
 import io
 import json
 import logging
+import math
 import os
 import tarfile
 import time
@@ -99,7 +100,7 @@ class Sweep:
     out: a folder or a prefix. configuration: what another run must have in common to go on with this one. about: what
     sweep.json and best.json say of the data. searcher, scheduler: make one, which knows nothing yet. space: of Tune.
     ranges: the same for the report. samples: as Tune counts them; total: trials. cpus, gpus: of each trial; by default
-    one GPU, where there are any. packages: whose versions sweep.json tells, besides those that every sweep has.
+    one GPU, where there are any; of each of its processes, if it has several workers. packages: whose versions sweep.json tells, besides those that every sweep has.
     """
 
     out: str
@@ -116,6 +117,7 @@ class Sweep:
     epochs: int
     cpus: float
     gpus: float | None = None
+    workers: int = 1
     packages: tuple[str, ...] = ()
     loggers: Callable[[], list[Any]] = list
     verbose: bool = False
@@ -215,16 +217,20 @@ def remove(out: str, storage: Storage, folders: Sequence[str], files: Sequence[s
 
 
 def _check_resources(sweep: Sweep) -> None:
-    """Raises UsageError if no machine can ever run a trial."""
+    """Raises UsageError if no machine can ever run a trial, or a trial's processes."""
     gpus = sweep.gpus or 0.0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [one for one in nodes if one.get("CPU", 0) >= sweep.cpus and one.get("GPU", 0) >= gpus]
-    if not fits:
+    rooms = [
+        min(one.get("CPU", 0) // sweep.cpus, one.get("GPU", 0) // gpus if gpus else math.inf) for one in nodes
+    ]
+    if not sum(rooms):
         most = max(nodes, key=lambda one: (one.get("GPU", 0), one.get("CPU", 0)))
         raise UsageError(
             f"no trial could ever run: one needs {sweep.cpus:g} CPUs and {gpus:g} GPUs, and the largest machine has "
             f"{most.get('CPU', 0):g} and {most.get('GPU', 0):g}: lower --cpus-per-trial or --gpus-per-trial"
         )
+    if sum(rooms) < sweep.workers:
+        raise UsageError(f"no trial could ever run: the cluster has room for {sum(rooms):g} workers: lower --workers")
 
 
 def _tune(sweep: Sweep, state: "_State") -> None:
@@ -241,7 +247,7 @@ def _tune(sweep: Sweep, state: "_State") -> None:
             **{"name": TRIALS, "storage_path": root, "storage_filesystem": filesystem, "resume": resumed or None},
             **{"config": sweep.space, "num_samples": sweep.samples, "metric": "fitness", "mode": "max"},
             **{"search_alg": searcher, "scheduler": scheduler},
-            resources_per_trial={"cpu": sweep.cpus, "gpu": sweep.gpus},
+            resources_per_trial=tune.PlacementGroupFactory([{"CPU": sweep.cpus, "GPU": sweep.gpus or 0}] * sweep.workers),
             max_failures=_FAILURES,
             # PBT copies a checkpoint of another trial, which has meanwhile made some more.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=_CHECKPOINTS if _is_asha(scheduler) else 5),

@@ -14,6 +14,7 @@ from tune.throughput.configurations import Configuration
 
 Rounds = list[tuple[float, float]]  # pictures per second of one and of the other, a round each
 SIGNIFICANT = 0.001  # of a one-sided test: how rarely what is no faster may pass for faster
+GAIN = 1.05  # how many times as fast: whole jobs differ by more from run to run, so that less is not worth a change
 FINALISTS = 3
 
 
@@ -71,8 +72,10 @@ def interval(rounds: Rounds) -> tuple[float, float]:
 
 
 def is_faster(rounds: Rounds) -> bool:
-    """Whether the first is faster than the other beyond doubt, by Wilcoxon's signed-rank test of the paired rounds."""
-    return bool(wilcoxon(_logs(rounds), alternative="greater", zero_method="zsplit").pvalue < SIGNIFICANT)
+    """Whether the first is more than GAIN times as fast as the other beyond doubt, by Wilcoxon's signed-rank test of
+    the paired rounds."""
+    beyond = np.array(_logs(rounds)) - math.log(GAIN)
+    return bool(wilcoxon(beyond, alternative="greater", zero_method="zsplit").pvalue < SIGNIFICANT)
 
 
 def _logs(rounds: Rounds) -> list[float]:
@@ -86,7 +89,7 @@ def choose(trials: Sequence[Trial], within: float, duel: Duel) -> tuple[Trial, l
     in rounds of its own: the best of many noisy figures is too good to be true.
     """
     incumbent, finals = trials[0], []
-    faster = [trial for trial in accurate(trials, within) if (trial.ratio or 0.0) > 1]
+    faster = [trial for trial in accurate(trials, within) if (trial.ratio or 0.0) > GAIN]
     for challenger in sorted(faster, key=lambda trial: -(trial.ratio or 0.0))[:FINALISTS]:
         finals.append(duel(challenger, incumbent))
         if finals[-1].won:
