@@ -308,25 +308,41 @@ def test_a_sweep_leaves_models_that_others_load(one_ray: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_process_in_a_sweep(tmp_path: Path) -> None:
-    """`kill -9` of a trial's process after its first checkpoint: the epochs' losses of a sweep that nothing befell."""
+@pytest.mark.parametrize(("workers", "victim"), [(1, "ImplicitFunc"), (2, "ImplicitFunc"), (2, "ray::_work")])
+def test_a_killed_process_in_a_sweep(tmp_path: Path, workers: int, victim: str) -> None:
+    """`kill -9` of a trial's process, or of another that trains with it, after its first checkpoint: the epochs' losses
+    of a sweep that nothing befell."""
     folder = small_paligemma.make(tmp_path / "model", ends=False)
     path = write_set(tmp_path / "data", 60)
     losses = []
     for name in ("whole", "killed"):
         out = tmp_path / name
         given = ["--data", str(path), "--model", str(folder), "--samples", "1", "--space", "none", "--epochs", "3"]
-        given += ["--precision", "fp32", "--train", "batch=2", "--train", "dropout=0.1", "--save-steps", "5"]
+        given += [
+            "--precision",
+            "fp32",
+            "--train",
+            "batch=2",
+            "--train",
+            "dropout=0.1",
+            "--save-steps",
+            "5",
+            "--workers",
+            str(workers),
+        ]
         command = [sys.executable, "-m", "tune.paligemma", *given, "--output", str(out)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         while name == "killed" and not list(out.glob("trials/*/checkpoint_*/state.pt")):
             assert driver.poll() is None
             time.sleep(0.05)
+        killed = 0
         for process in psutil.Process(driver.pid).children(recursive=True) if name == "killed" else ():
             with suppress(psutil.NoSuchProcess):
-                if "ImplicitFunc" in " ".join(process.cmdline()):
+                if victim in " ".join(process.cmdline()):
                     process.kill()
+                    killed += 1
+        assert bool(killed) == (name == "killed")
         assert driver.wait(600) == 0
         (row,) = pq.read_table(out / "trials.parquet").to_pylist()
         assert row["started"] == (2 if name == "killed" else 1)
