@@ -62,7 +62,7 @@ class Settings(command.Sweeping):
         "auto", description="of computing; auto is bf16 where the machine has it. Trained weights are fp32"
     )
     workers: int = Field(
-        1, ge=1, description="processes of a trial, which share each batch, each with --gpus-per-trial and a whole model"
+        1, ge=1, description="processes of a trial, which share each batch; each has --gpus-per-trial and a model"
     )
     save_steps: int = Field(500, ge=0, description="steps between checkpoints within an epoch; 0 for none")
 

@@ -42,7 +42,7 @@ from shardsight.sources.files import ahead
 from shardsight.storage import Storage
 from shardsight.truth import Sample, Truth
 from tune.paligemma_data import Changes, Collator, Draw, Example, ordered
-from tune.paligemma_workers import Group, WorkerDied, started
+from tune.paligemma_workers import ALONE, Group, WorkerDied, started
 
 # Hyperparameters, and what they are by default; see also LR.
 HYPERPARAMETERS: dict[str, Any] = {
@@ -217,7 +217,7 @@ class Trial:
         request: Request,
         config: dict[str, Any],
         report: Callable[[dict[str, Any]], None],
-        group: Group = Group(),
+        group: Group = ALONE,
     ) -> None:
         self.run, self.request, self.report, self.group = run, request, report, group
         self.settings = HYPERPARAMETERS | request.settings | config

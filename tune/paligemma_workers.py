@@ -61,6 +61,9 @@ class Group:
         return [one for part in all_found for one in part]
 
 
+ALONE = Group()
+
+
 @contextmanager
 def _others_alive() -> Iterator[None]:
     try:
@@ -72,7 +75,8 @@ def _others_alive() -> Iterator[None]:
 @contextmanager
 def joined(rank: int, count: int, store: "dist.Store") -> Iterator[Group]:
     """The group, once all its processes are there."""
-    dist.init_process_group("nccl" if _device() == "cuda" else "gloo", store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
+    backend = "nccl" if _device() == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:
         yield Group(rank, count)
     finally:
@@ -84,7 +88,7 @@ def started(count: int, work: Callable[[Group], None]) -> Iterator[Group]:
     """In a trial of Tune: a group of this process and others, each with a bundle of the trial's resources, which do the
     `work`. Raises what was raised in one of them, and WorkerDied where one was killed."""
     if count == 1:
-        yield Group()
+        yield ALONE
         return
     host = ray.util.get_node_ip_address()
     store = dist.TCPStore(host, 0, count, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)

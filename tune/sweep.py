@@ -100,7 +100,8 @@ class Sweep:
     out: a folder or a prefix. configuration: what another run must have in common to go on with this one. about: what
     sweep.json and best.json say of the data. searcher, scheduler: make one, which knows nothing yet. space: of Tune.
     ranges: the same for the report. samples: as Tune counts them; total: trials. cpus, gpus: of each trial; by default
-    one GPU, where there are any; of each of its processes, if it has several workers. packages: whose versions sweep.json tells, besides those that every sweep has.
+    one GPU, where there are any; where a trial has several workers, of each. packages: whose versions sweep.json tells,
+    besides those that every sweep has.
     """
 
     out: str
@@ -220,9 +221,7 @@ def _check_resources(sweep: Sweep) -> None:
     """Raises UsageError if no machine can ever run a trial, or a trial's processes."""
     gpus = sweep.gpus or 0.0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    rooms = [
-        min(one.get("CPU", 0) // sweep.cpus, one.get("GPU", 0) // gpus if gpus else math.inf) for one in nodes
-    ]
+    rooms = [min(one.get("CPU", 0) // sweep.cpus, one.get("GPU", 0) // gpus if gpus else math.inf) for one in nodes]
     if not sum(rooms):
         most = max(nodes, key=lambda one: (one.get("GPU", 0), one.get("CPU", 0)))
         raise UsageError(
@@ -247,7 +246,7 @@ def _tune(sweep: Sweep, state: "_State") -> None:
             **{"name": TRIALS, "storage_path": root, "storage_filesystem": filesystem, "resume": resumed or None},
             **{"config": sweep.space, "num_samples": sweep.samples, "metric": "fitness", "mode": "max"},
             **{"search_alg": searcher, "scheduler": scheduler},
-            resources_per_trial=tune.PlacementGroupFactory([{"CPU": sweep.cpus, "GPU": sweep.gpus or 0}] * sweep.workers),
+            resources_per_trial=tune.PlacementGroupFactory([{"CPU": sweep.cpus, "GPU": sweep.gpus}] * sweep.workers),
             max_failures=_FAILURES,
             # PBT copies a checkpoint of another trial, which has meanwhile made some more.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=_CHECKPOINTS if _is_asha(scheduler) else 5),
