@@ -323,7 +323,7 @@ class Trial:
             with self._autocast():
                 loss += float(loss_of(self.model, inputs.to(self.device), 0.0))
             answers += zip((one.image for one in part), self._answers(part), strict=True)
-        loss, tokens = self.group.sum(loss, tokens)
+        loss, count = self.group.sum(loss, tokens)
         rows: dict[str, dict[str, Any]] = {}
         for image, answer in self.group.gather(answers):
             row = rows.setdefault(image, {"width": answer.pop("width"), "height": answer.pop("height")})
@@ -335,7 +335,7 @@ class Trial:
         found = measure(truth, Rows(rows, None), self._mask if self.reader.masks else None)
         kind, name = main_of(found)
         return {
-            **{"val/loss": loss / tokens, "fitness": float(found[kind]["measures"][name]["value"] or 0.0)},
+            **{"val/loss": loss / count, "fitness": float(found[kind]["measures"][name]["value"] or 0.0)},
             **{
                 f"metrics/{kind}: {name}": float(figure["value"] or 0.0)
                 for kind, one in found.items()
