@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from click import ClickException
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
@@ -25,6 +26,7 @@ from serve.pictures import FIELDS
 from serve.problem import Problem, server_error
 from serve.service import Gateway, PaliGemmaReplica, YoloReplica
 from shardsight.actors import gpu_memory
+from shardsight.errors import UsageError
 from shardsight.models import selection
 
 # Read by Serve's proxies, where Ray is started from here.
@@ -53,11 +55,20 @@ _REFUSALS = {
 }
 
 
+class Refused(UsageError, ClickException):
+    """A wrong request, of which `serve run`, a command of click's, shows the sentence alone."""
+
+    exit_code = 2
+
+
 def app(arguments: Arguments) -> serve.Application:
-    """The application that Serve runs. Raises ModelError, UsageError."""
-    models = selection.inspect(arguments)
+    """The application that Serve runs. Raises Refused."""
+    try:
+        models = selection.inspect(arguments)
+    except UsageError as error:
+        raise Refused(str(error)) from error
     if not models:
-        raise ValueError("no model: give yolo=MODEL, paligemma=MODEL or both")
+        raise Refused("no model: give yolo=MODEL, paligemma=MODEL or both")
     keys = [key.strip() for key in os.environ.get("SHARDSIGHT_API_KEYS", "").split(",") if key.strip()]
     cores = os.cpu_count() or 1
     handles: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from click import ClickException
 
 import shardsight
 from demo.scenes import scenes
@@ -320,8 +321,9 @@ def test_the_job_and_the_service_say_what_is_wrong(
     assert job([str(PHOTOGRAPHS[0]), "--output", str(tmp_path / "out"), "--yolo", str(path)]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"shardsight: {path} {words}") and said.count("\n") == 1
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(ClickException, match=words) as refused:  # which `serve run` shows without a traceback
         app(Arguments(yolo=str(path)))
+    assert isinstance(refused.value, UsageError)
 
 
 @pytest.mark.slow

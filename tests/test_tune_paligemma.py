@@ -318,19 +318,8 @@ def test_a_killed_process_in_a_sweep(tmp_path: Path, workers: int, victim: str) 
     for name in ("whole", "killed"):
         out = tmp_path / name
         given = ["--data", str(path), "--model", str(folder), "--samples", "1", "--space", "none", "--epochs", "3"]
-        given += [
-            "--precision",
-            "fp32",
-            "--train",
-            "batch=2",
-            "--train",
-            "dropout=0.1",
-            "--save-steps",
-            "5",
-            "--workers",
-            str(workers),
-        ]
-        command = [sys.executable, "-m", "tune.paligemma", *given, "--output", str(out)]
+        more = f"--precision fp32 --train batch=2 --train dropout=0.1 --save-steps 5 --workers {workers}"
+        command = [sys.executable, "-m", "tune.paligemma", *given, *more.split(), "--output", str(out)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         while name == "killed" and not list(out.glob("trials/*/checkpoint_*/state.pt")):
