@@ -201,11 +201,11 @@ def test_a_job_says_what_it_waits_for(tmp_path: Path, jpegs: list[bytes], detect
     drawn = set(re.findall(r"ray_shardsight_\w+", (ROOT / "deploy" / "grafana-jobs.json").read_text()))
     assert len(drawn) == 6
     port, exported = free_port(), free_port()
-    with ray_head(f"--port={port}", f"--metrics-export-port={exported}") as (head, _):
+    with ray_head(f"--port={port}", f"--metrics-export-port={exported}", "--labels=team=vision") as (head, _):
         address = f"127.0.0.1:{port}"
         taken = start_python(TAKE_ALL, address)
         assert taken.stdout and taken.stdout.readline() == "taken\n"
-        job = start_job(*command, cluster=address)
+        job = start_job(*command, "--label-selector", "team=vision", cluster=address)
         assert job.stderr
         assert "waiting for 1 CPU; the cluster has 0 of 2 CPU free" in job.stderr.readline()
         assert job.poll() is None
@@ -219,6 +219,10 @@ def test_a_job_says_what_it_waits_for(tmp_path: Path, jpegs: list[bytes], detect
         said = refused.communicate(timeout=120)[1]
         assert refused.returncode == 2 and said.count("\n") == 1
         assert "no node of the Ray cluster has 1 CPU and 1 GPU" in said
+        refused = start_job(*command, "--overwrite", "--label-selector", "team=audio", cluster=address)
+        said = refused.communicate(timeout=120)[1]
+        assert refused.returncode == 2 and said.count("\n") == 1
+        assert "no node with team=audio of the Ray cluster has 1 CPU" in said
         assert head.poll() is None
 
 

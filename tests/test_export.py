@@ -181,7 +181,7 @@ def test_every_format_in_the_job(
         )
     ]
     total = sum(map(len, rows[0].values()))
-    assert total > 20 and len(far) <= (0.1 if precision == "int8" else 0.05) * total, far
+    assert total > 20 and len(far) <= (0.05 if off < 0.5 else 0.1) * total, far  # OpenVINO computes fp32 in bf16 where it can
 
 
 @pytest.mark.slow
