@@ -9,6 +9,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by way of destructors: those of Ray's native code aborted two of five processes that had run jobs and actors of
-    # their own (ray 2.60), with exit code 134 after all was done.
+    # Not by way of destructors: those of Ray's native code aborted two of five processes that had run jobs and actors
+    # of their own (ray 2.60), with exit code 134 after all was done.
     os._exit(code)
