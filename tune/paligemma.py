@@ -158,11 +158,8 @@ def plan(settings: Settings) -> Any:
     trainable = partial(training.train, request=request)
     defaults = training.HYPERPARAMETERS | {"lr": training.LR[weights[0]], "model": models[0]}
     searcher = partial(search.searcher, settings.chosen, space, settings.seed, defaults)
-    about = {
-        "task": "text",
-        "base": {"model": settings.model, "sha256": info.sha256},
-        "data": data.about(settings.data),
-    }
+    base = {"model": settings.model, "sha256": info.sha256}
+    about = {"task": "text", "base": base, "data": data.about(settings.data)}
     sweep = command.sweep_of(settings, space, trainable, searcher, about, ("transformers", "peft"))
     return replace(sweep, workers=settings.workers)
 
