@@ -354,14 +354,14 @@ def _write_new_task(folder: Path, count: int, seed: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("weights", "lr"), [("all", "3e-4"), ("lora", "3e-3")])
-def test_a_task_never_seen_is_learnt(one_ray: str, tmp_path: Path, weights: str, lr: str) -> None:
+@pytest.mark.parametrize(("weights", "lr", "epochs"), [("all", "3e-4", "7"), ("lora", "3e-3", "4")])
+def test_a_task_never_seen_is_learnt(one_ray: str, tmp_path: Path, weights: str, lr: str, epochs: str) -> None:
     """The demo's model learns a new question on 1,200 scenes and answers it on others; what it leaves, in vLLM, gives
     Hugging Face's tokens."""
     base = WEIGHTS / "paligemma"
     data, val = (_write_new_task(tmp_path / name, n, seed) for name, n, seed in (("a", 1200, 41000), ("b", 150, 41001)))
     given = ["--data", str(data), "--val", str(val), "--model", str(base), "--output", str(tmp_path / "out")]
-    given += ["--samples", "1", "--space", "none", "--epochs", "4", "--train", f"weights={weights}"]
+    given += ["--samples", "1", "--space", "none", "--epochs", epochs, "--train", f"weights={weights}"]
     given += ["--train", f"lr={lr}", "--train", "rank=16", "--train", "micro_batch=16"]
     assert paligemma.main(given) == 0
     best = tmp_path / "out" / "best"
