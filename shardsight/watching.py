@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from shardsight import cluster
@@ -71,7 +70,7 @@ class Watch:
         self._count_models(models, passed)
         alive = [pool.num_alive_actors() for pool, _ in pools]
         running = sum(op.metrics.num_tasks_running for op, _ in tasks)
-        free = int(ray.available_resources().get("CPU", 0))
+        free = int(cluster.free_cpus())
         readers = running + free if tasks else OPEN * alive[0]  # tracking's actors have readers of their own
         self.processes |= {"read": readers, "decode": readers}
         if running or not tasks:

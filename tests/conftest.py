@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +64,24 @@ def one_ray() -> Iterator[str]:
     ray.shutdown()
 
 
+def in_process(
+    command: Callable[[list[str]], int], capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """What runs a command in this process, and returns its exit code and what it said."""
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        code = command([str(argument) for argument in arguments])
+        return code, capfd.readouterr().err
+
+    return run
+
+
 @pytest.fixture
 def annotate(one_ray: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs the job in this process; returns its exit code and what it said."""
     from shardsight.cli import annotate
 
-    def run(*arguments: Any) -> tuple[int, str]:
-        code = annotate([str(argument) for argument in arguments])
-        return code, capfd.readouterr().err
-
-    return run
+    return in_process(annotate, capfd)
 
 
 @pytest.fixture
@@ -238,6 +245,11 @@ def job_of(out: Path) -> dict[str, Any]:
     return job
 
 
+def hear_interrupts() -> None:
+    """For Popen's preexec_fn: what runs the tests in the background has its children ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_job(
     *arguments: Any, env: dict[str, str] | None = None, module: str = "jobs.annotate", cluster: str | None = None
 ) -> subprocess.Popen[str]:
@@ -248,6 +260,6 @@ def start_job(
     if cluster:
         environment["RAY_ADDRESS"] = cluster
         environment.pop("AWS_CA_BUNDLE", None)  # for which Ray would start every worker anew
-    # What runs the tests in the background has its children ignore interrupts.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=heard)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=hear_interrupts
+    )

@@ -10,7 +10,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import shardsight
 from demo.scenes import COLOURS, KINDS, WORDS, scenes
 from demo.writers import TASKS, write
-from tests.conftest import BIN, ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, rows_of
+from tests.conftest import BIN, ROOT, S3, S3_KEY, S3_SECRET, WEIGHTS, hear_interrupts, rows_of
 from tests.small_paligemma import make
 
 # As the demo's PaliGemma was trained to say it; random weights, or another prompt form, do not.
@@ -76,10 +75,8 @@ def type_in(one_ray: str, s3: S3, jpegs: list[bytes], tmp_path_factory: pytest.T
 @contextmanager
 def _service(environment: dict[str, str]) -> Iterator[None]:
     """`make serve`, once it answers."""
-    # What runs the tests in the background has its children ignore interrupts.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    command = ["make", "serve"]
-    service = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=heard)
+    own: dict[str, Any] = {"start_new_session": True, "preexec_fn": hear_interrupts}
+    service = subprocess.Popen(["make", "serve"], cwd=ROOT, env=environment, **own)
     try:
         for _ in range(1500):
             assert service.poll() is None

@@ -23,7 +23,7 @@ from serve.arguments import Arguments
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.letterbox import Letterbox
 from shardsight.settings import parse, parse_as
-from tests.conftest import WEIGHTS, rows_of, start_job
+from tests.conftest import WEIGHTS, in_process, rows_of, start_job
 from tune.throughput import command, report
 from tune.throughput.choice import Final, Rounds, Trial, choose, interval, is_faster, pareto, ratio
 from tune.throughput.configurations import Configuration, as_yaml, space_of
@@ -196,12 +196,7 @@ def test_table_and_report_tell_of_every_trial(tmp_path: Path) -> None:
 @pytest.fixture
 def tune(one_ray: str, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs the command in this process; its exit code and what it said."""
-
-    def run(*arguments: Any) -> tuple[int, str]:
-        code = command.main([str(argument) for argument in arguments])
-        return code, capfd.readouterr().err
-
-    return run
+    return in_process(command.main, capfd)
 
 
 @pytest.mark.parametrize(

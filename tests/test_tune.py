@@ -26,7 +26,7 @@ import shardsight
 from demo.scenes import scenes
 from demo.writers import write_splits
 from shardsight.errors import UsageError
-from tests.conftest import ROOT, S3, WEIGHTS, free_port, rows_of
+from tests.conftest import ROOT, S3, WEIGHTS, free_port, in_process, rows_of
 from tune import search, yolo
 from tune.report import importance
 from tune.space import Range, Space, load_space, parse_space
@@ -69,12 +69,7 @@ def content(out: Path) -> dict[str, Any]:
 @pytest.fixture
 def tune(one_ray: str, capfd: pytest.CaptureFixture[str]) -> Tune:
     """Runs the command in this process; its exit code and what it said."""
-
-    def run(*arguments: Any) -> tuple[int, str]:
-        code = yolo.main([str(argument) for argument in arguments])
-        return code, capfd.readouterr().err
-
-    return run
+    return in_process(yolo.main, capfd)
 
 
 @pytest.fixture(scope="module")

@@ -179,8 +179,9 @@ def sweep_of(
     searcher: Callable[[], Any],
     about: dict[str, Any],
     packages: tuple[str, ...],
+    workers: int = 1,
 ) -> Any:
-    """The sweep (sweep.Sweep) of a space. searcher, about, packages: as there. Raises UsageError."""
+    """The sweep (sweep.Sweep) of a space. searcher, about, packages, workers: as there. Raises UsageError."""
     from tune import search, sweep
 
     chosen = settings.chosen
@@ -202,6 +203,7 @@ def sweep_of(
         epochs=settings.epochs,
         cpus=settings.cpus_per_trial,
         gpus=settings.gpus_per_trial,
+        workers=workers,
         packages=packages,
         loggers=partial(_loggers, settings),
         verbose=settings.verbose,

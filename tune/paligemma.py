@@ -4,7 +4,6 @@
 """
 
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -160,8 +159,8 @@ def plan(settings: Settings) -> Any:
     searcher = partial(search.searcher, settings.chosen, space, settings.seed, defaults)
     base = {"model": settings.model, "sha256": info.sha256}
     about = {"task": "text", "base": base, "data": data.about(settings.data)}
-    sweep = command.sweep_of(settings, space, trainable, searcher, about, ("transformers", "peft"))
-    return replace(sweep, workers=settings.workers)
+    packages = ("transformers", "peft")
+    return command.sweep_of(settings, space, trainable, searcher, about, packages, settings.workers)
 
 
 if __name__ == "__main__":

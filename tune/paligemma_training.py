@@ -11,7 +11,6 @@ import math
 import shutil
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,7 @@ from shardsight.storage import Storage
 from shardsight.truth import Sample, Truth
 from tune.paligemma_data import Changes, Collator, Draw, Example, ordered
 from tune.paligemma_workers import ALONE, Group, WorkerDied, started
+from tune.sweep import report_failure
 
 # Hyperparameters, and what they are by default; see also LR.
 HYPERPARAMETERS: dict[str, Any] = {
@@ -97,8 +97,8 @@ class Request:
 def train(config: dict[str, Any], request: Request) -> None:
     """Tune's trainable. config: the trial's hyperparameters.
 
-    Reports each epoch's metrics and a checkpoint. A failure is reported as `error` and `traceback`, with the fitness 0,
-    and ends the trial: after an exception Tune would try again what fails again. Only a process that dies is restarted.
+    Reports each epoch's metrics and a checkpoint; a failure as sweep.report_failure does. Only a process that dies is
+    restarted.
     """
     try:
         work = functools.partial(_train, config, request, tune.get_checkpoint())
@@ -106,12 +106,12 @@ def train(config: dict[str, Any], request: Request) -> None:
             work(group)
     except WorkerDied:
         raise  # and Tune starts the trial again, as if this process had died
+    except torch.OutOfMemoryError as error:
+        report_failure(error, "the GPU's memory is too small: lower micro_batch, or train weights=lora")
+    except UsageError as error:
+        report_failure(error, " ".join(str(error).split()))
     except Exception as error:
-        said = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        said += " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            said = "the GPU's memory is too small: lower micro_batch, or train weights=lora"
-        tune.report({"error": said[:1000], "traceback": traceback.format_exc(), "fitness": 0.0, "epoch": 1})
+        report_failure(error)
 
 
 def _train(config: dict[str, Any], request: Request, saved: tune.Checkpoint | None, group: Group) -> None:

@@ -179,6 +179,14 @@ def run(sweep: Sweep, watcher: Watcher, report: Report) -> Result:
         return Result(state.ordered, json.loads(sweep.storage.read(sweep.path(_JSON))))
 
 
+def report_failure(error: Exception, said: str | None = None, epoch: int = 1) -> None:
+    """Of a trainable that catches an exception: end its trial with a row that tells of it, as after an exception Tune
+    would try again what fails again. said: instead of the exception's type and message."""
+    said = said or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    told = "".join(traceback.format_exception(error))
+    tune.report({"error": said[:1000], "traceback": told, "fitness": 0.0, "epoch": epoch})
+
+
 def earlier(
     out: str, storage: Storage, configuration: dict[str, Any], about: dict[str, Any], things: str
 ) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import random
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from ultralytics.cfg import CFG_INT_KEYS, DEFAULT_CFG_DICT
 from ultralytics.engine.tuner import Tuner
 from ultralytics.utils import LOGGER, SETTINGS
 from ultralytics.utils.torch_utils import ModelEMA, strip_optimizer, unwrap_model
+
+from tune.sweep import report_failure
 
 # ultralytics' own integrations: `raytune` would report beside us, and the others send elsewhere.
 _INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
@@ -92,8 +93,8 @@ def quiet() -> None:
 def train(config: dict[str, Any], request: Request) -> None:
     """Tune's trainable. config: the trial's hyperparameters; `model` may be among them.
 
-    Reports each epoch's metrics and a checkpoint. A failure is reported as `error` and `traceback`, with the fitness 0,
-    and ends the trial: after an exception Tune would try again what fails again. Only a process that dies is restarted.
+    Reports each epoch's metrics and a checkpoint; a failure as sweep.report_failure does. Only a process that dies is
+    restarted.
     """
     quiet()
     torch.set_num_threads(request.threads)
@@ -108,9 +109,7 @@ def train(config: dict[str, Any], request: Request) -> None:
         if epoch < request.epochs:  # PBT wakes trials that are through
             trial.train(config)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
-        failed = {"error": said, "traceback": traceback.format_exc(), "fitness": 0.0, "epoch": max(1, epoch)}
-        tune.report(failed)
+        report_failure(error, epoch=max(1, epoch))
     finally:
         shutil.rmtree(run, ignore_errors=True)
 
