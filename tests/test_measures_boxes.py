@@ -19,7 +19,7 @@ from shardsight.measures import bootstrap, boxes
 from shardsight.models.yolo import ultralytics_import  # noqa: F401 - before ultralytics
 from shardsight.truth import Sample, Thing, Truth
 
-from ultralytics.utils.metrics import batch_probiou  # isort: skip
+from ultralytics.utils.metrics import ap_per_class, batch_probiou  # isort: skip
 
 NAMES = {7: "cat", 3: "dog", 5: "bird"}  # not in order, as in many a file
 IDS = list(NAMES)
@@ -167,13 +167,26 @@ def test_equal_to_pycocotools(kind: str, coco: str, seed: int) -> None:
     truth, found = drawn(seed, kind, 12)
     expected, by_class = reference(truth, found, coco)
     result = measured(truth, found, kind)
-    assert result["measures"].keys() == expected.keys()
+    assert result["measures"].keys() == expected.keys() | {boxes.VAL}
     for name, value in expected.items():
         mine = result["measures"][name]["value"]
         assert (-1 if mine is None else mine) == pytest.approx(value, abs=1e-9), name
     for one in result["classes"]:
         mine = one["mAP50-95"]
         assert (-1 if mine is None else mine) == pytest.approx(by_class[one["name"]], abs=1e-9), one["name"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 40))
+def test_integral_equal_to_ultralytics(seed: int, count: int) -> None:
+    """Of any detections, right and wrong, the area is the one that `val` computes."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((len(boxes.THRESHOLDS), count)) < 0.6
+    scores = np.sort(rng.random(count))[::-1]
+    positives = np.array([max(1, int(right.sum(axis=1).max(initial=0))), int(rng.integers(5))])
+    mine = boxes.Matches(scores, right, np.zeros_like(right), np.zeros(count, int), positives)
+    theirs = ap_per_class(right.T, scores, np.zeros(count), np.zeros(positives.sum()))[5]
+    assert mine.integral() == pytest.approx(theirs[0], abs=1e-9)
 
 
 def test_resamples_equal_to_pycocotools() -> None:

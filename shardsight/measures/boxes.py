@@ -29,6 +29,7 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MOST = 100  # detections of a picture that count, as in COCO
 AREAS = {"boxes": ("small", "medium", "large"), "masks": ("small", "medium", "large"), "keypoints": ("medium", "large")}
+VAL = "mAP50-95 as val"
 UNKNOWN = (640, 640)  # pixels of a picture that cannot be read
 CONFIDENCES = np.linspace(0, 1, 1001)
 CALIBRATED = 0.05  # detections of lower scores, which are no use to anybody, say nothing about the others
@@ -74,14 +75,27 @@ class Matches:
             found[row, inside] = values[places[inside]]
         return found, recall[:, -1] if recall.shape[1] else np.zeros(len(right))
 
+    def integral(self) -> np.ndarray:
+        """(thresholds,): average precision as ultralytics' `val` has it: the area under precision, with a straight line
+        between one detection's recall and the next, instead of COCO's mean of the precision at RECALLS."""
+        areas = np.zeros(len(THRESHOLDS))
+        for row, (right, ignored) in enumerate(zip(self.right, self.ignored, strict=True)):
+            true = np.cumsum(right[~ignored])
+            if len(true) and true[-1]:
+                recall = true / self.positives.sum()
+                precision = np.maximum.accumulate((true / np.arange(1, len(true) + 1))[::-1])[::-1]
+                at = np.concatenate([[0], recall, [recall[-1], 1]])
+                areas[row] = np.trapezoid(np.interp(RECALLS, at, np.concatenate([[1], precision, [0, 0]])), RECALLS)
+        return areas
+
 
 def measure(truth: Truth, found: Found, sizes: Sizes, kind: str) -> dict[str, Any]:
     """kind: boxes, masks, keypoints or oriented.
 
-    measures: name → figure (see bootstrap); mAP50-95, mAP50, mAP75, small, medium, large and AR, of 0 to 1. classes:
-    [{name, objects, mAP50-95, mAP50, best_conf}]. curve: {class, or "": precision at IoU 0.5 for each of RECALLS}.
-    best_conf: {conf, f1, precision, recall}. calibration: {error, bins: [{score, right, count}]}. pictures: id → F1 at
-    best_conf. resamples: of the intervals.
+    measures: name → figure (see bootstrap); mAP50-95, mAP50, mAP75, small, medium, large, AR, and VAL, the mAP50-95
+    by the integral of ultralytics' `val`, of 0 to 1. classes: [{name, objects, mAP50-95, mAP50, best_conf}].
+    curve: {class, or "": precision at IoU 0.5 for each of RECALLS}. best_conf: {conf, f1, precision, recall}.
+    calibration: {error, bins: [{score, right, count}]}. pictures: id → F1 at best_conf. resamples: of the intervals.
     """
     matched = _oriented(truth, found, sizes) if kind == "oriented" else _matched(truth, found, sizes, kind)
     everything = matched["all"]
@@ -90,6 +104,7 @@ def measure(truth: Truth, found: Found, sizes: Sizes, kind: str) -> dict[str, An
         values = [np.nanmean(one.precision()[0]) if one.positives.sum() else np.nan for one in matched[area]]
         measures[area] = figure(_mean(values))
     measures["AR"] = figure(_mean([one.precision()[1].mean() for one in everything]))
+    measures[VAL] = figure(_mean([one.integral().mean() for one in everything if one.positives.sum()]))
     best = _best_conf(everything, classes)
     return {
         **{"measures": measures, "classes": classes, "curve": curves, "best_conf": best},
