@@ -42,10 +42,11 @@ class Submitted:
 
 
 class Nodes:
-    """machines: the workers, by name. A head that runs no work, as in cluster.yaml."""
+    """workers: by name. environment: of Ray's processes. A head that runs no work, as in cluster.yaml."""
 
-    def __init__(self, net: Network) -> None:
+    def __init__(self, net: Network, environment: dict[str, str]) -> None:
         self.net, self.workers, self.jobs = net, dict[str, Machine](), 0
+        self.environment = NODE | environment
         self.store = net.machine("s3")
         self.bucket = self.store.folder / "s3" / "bucket"
         self.bucket.mkdir(parents=True)
@@ -58,12 +59,12 @@ class Nodes:
 
     def ray(self, *command: str) -> subprocess.CompletedProcess[str]:
         command = (str(BIN / "ray"), *command, "--address", self.address)
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | NODE)
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | self.environment)
 
     def _start(self, machine: Machine, *options: str, small: bool = False) -> None:
         memory = f"--object-store-memory={(SMALL if small else OBJECTS)}"
         own = (f"--node-ip-address={machine.address}", memory, "--block")
-        machine.run("ray", "start", *own, *options, env=NODE | (SPILLING if small else {}))
+        machine.run("ray", "start", *own, *options, env=self.environment | (SPILLING if small else {}))
 
     def join(self, name: str, cpus: int = 2, resources: dict[str, float] | None = None, small: bool = False) -> None:
         """Another worker, from a machine that was never there before. small: it has little memory for objects."""
@@ -113,7 +114,7 @@ class Nodes:
         ]
         command = [BIN / "ray", "job", "submit", *to, *options, "--", "python", "-m", module, *map(str, arguments)]
         with log.open("wb") as said:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | NODE)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | self.environment)
         return Submitted(process, log, self.net.shared / notes)
 
     def files(self, out: str) -> int:
@@ -122,9 +123,10 @@ class Nodes:
 
 
 @contextmanager
-def nodes(folder: Path) -> Iterator[Nodes]:
+def nodes(folder: Path, **environment: str) -> Iterator[Nodes]:
+    """environment: of Ray's processes on all machines."""
     with network(folder) as net:
-        yield Nodes(net)
+        yield Nodes(net, environment)
 
 
 def within(seconds: float, true: Callable[[], Any], otherwise: Callable[[], Any] = str) -> None:

@@ -1,5 +1,6 @@
 """The service as it is deployed: serve/config.yaml on a cluster of its own, and crowds of clients that ask it."""
 
+import os
 import re
 import subprocess
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -18,32 +20,44 @@ import yaml
 from tests.conftest import BIN, ROOT, WEIGHTS, free_port, ray_head
 
 
-class Service:
-    """metrics: where Prometheus is to scrape them."""
+class Deployed:
+    """What `serve deploy` and `serve status` do. environment: theirs."""
 
-    def __init__(self, head: subprocess.Popen[bytes], folder: Path, dashboard: str, url: str, metrics: str) -> None:
-        self.head, self.folder, self.dashboard, self.url, self.metrics = head, folder, dashboard, url, metrics
+    def __init__(self, folder: Path, dashboard: str, url: str, **environment: str) -> None:
+        self.folder, self.dashboard, self.url, self.environment = folder, dashboard, url, os.environ | environment
 
-    def deploy(self, **arguments: Any) -> None:
+    def deploy(self, deployments: Sequence[dict[str, Any]] = (), **arguments: Any) -> None:
         """serve/config.yaml with these arguments; returns as `serve deploy` does, before it is done."""
         config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-        port = int(self.url.rpartition(":")[2])
-        config["http_options"] = {"host": "127.0.0.1", "port": port}
+        config["http_options"] |= {"host": urlsplit(self.url).hostname, "port": urlsplit(self.url).port}
         (application,) = config["applications"]
         application["args"] |= {"yolo": str(WEIGHTS / "detect.pt"), "paligemma": str(WEIGHTS / "paligemma")} | arguments
+        application["deployments"] = list(deployments)
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config))
-        subprocess.run([BIN / "serve", "deploy", path, "--address", self.dashboard], check=True, capture_output=True)
+        done = self._serve("deploy", str(path))
+        assert done.returncode == 0, done.stderr
 
     def status(self) -> dict[str, Any]:
         """Of the application, with its deployments; empty where there is none."""
-        command = [BIN / "serve", "status", "--address", self.dashboard]
-        said = subprocess.run(command, capture_output=True, text=True)
+        said = self._serve("status")
         found: dict[str, Any] = (yaml.safe_load(said.stdout) or {}) if said.returncode == 0 else {}
         return dict(found.get("applications", {}).get("shardsight", {}))
 
+    def _serve(self, *command: str) -> subprocess.CompletedProcess[str]:
+        command = (str(BIN / "serve"), *command, "--address", self.dashboard)
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment)
+
     def wait_until_running(self) -> None:
         within(180, lambda: self.status().get("status") == "RUNNING", self.status)
+
+
+class Service(Deployed):
+    """On this machine. metrics: where Prometheus is to scrape them."""
+
+    def __init__(self, head: subprocess.Popen[bytes], folder: Path, dashboard: str, url: str, metrics: str) -> None:
+        super().__init__(folder, dashboard, url)
+        self.head, self.metrics = head, metrics
 
     def replicas(self, name: str) -> list[psutil.Process]:
         """Processes of a deployment: yolo, paligemma, Gateway."""
@@ -105,10 +119,14 @@ class Said:
 
 
 class Crowd:
-    """Clients that ask one thing after the other, until the `with` ends. ask: what one asks, by its number."""
+    """Clients that ask one thing after the other, until the `with` ends. ask: what one asks, by its number.
+    key: of the service, theirs."""
 
-    def __init__(self, clients: int, ask: Callable[[httpx.Client, int], httpx.Response], url: str) -> None:
+    def __init__(
+        self, clients: int, ask: Callable[[httpx.Client, int], httpx.Response], url: str, key: str = ""
+    ) -> None:
         self.ask, self.url, self.said = ask, url, list[Said]()
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
         self.home = threading.Event()
         self.threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
 
@@ -123,7 +141,7 @@ class Crowd:
             thread.join()
 
     def _run(self, number: int) -> None:
-        with httpx.Client(base_url=self.url, timeout=120) as client:
+        with httpx.Client(base_url=self.url, timeout=120, headers=self.headers) as client:
             while not self.home.is_set():
                 began = time.monotonic()
                 try:
