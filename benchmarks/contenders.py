@@ -1,23 +1,32 @@
 """The same work by each contender: `python -m benchmarks.contenders NAME FOLDER OUT WEIGHTS IMGSZ`.
 
 The pictures of a folder → YOLOv8 → Parquet with label, score and box of each detection. Peers are written
-as their own guides write them.
+as their own guides write them, and note when they are done with a picture.
 """
 
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring import done
 
 BATCH = 16
 
 
 def shardsight(folder: str, out: str, weights: str, imgsz: int, *options: str) -> None:
-    """Our job, with its defaults."""
-    command = [sys.executable, "-m", "jobs.annotate", folder, "--output", out, "--yolo", weights, "--imgsz", str(imgsz)]
-    subprocess.run([*command, *options], check=True)
+    """Our job's command, with its defaults. A row is done when the driver has it."""
+    from shardsight import cli, progress
+
+    class Noting(progress.Progress):
+        def add(self, rows: int, errors: int, total: int | None) -> None:
+            done(rows)
+            super().add(rows, errors, total)
+
+    progress.Progress = Noting  # type: ignore[misc]
+    code = cli.annotate([folder, "--output", out, "--yolo", weights, "--imgsz", str(imgsz), *options])
+    if code:
+        sys.exit(code)
 
 
 def shardsight_exact(folder: str, out: str, weights: str, imgsz: int) -> None:
@@ -32,7 +41,7 @@ def ultralytics(folder: str, out: str, weights: str, imgsz: int) -> None:
     from ultralytics import YOLO
 
     results = YOLO(weights).predict(folder, stream=True, imgsz=imgsz, batch=BATCH, verbose=False)
-    rows = [{"path": result.path, "detections": detections(result)} for result in results]
+    rows = [{"path": result.path, "detections": noted([result])[0]} for result in results]
     Path(out).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), f"{out}/results.parquet")
 
@@ -51,7 +60,7 @@ def ray_data(folder: str, out: str, weights: str, imgsz: int) -> None:
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             images = [image[..., ::-1] for image in batch.pop("image")]  # ultralytics takes BGR
             results = self.model.predict(images, imgsz=imgsz, verbose=False)
-            return batch | {"detections": [detections(result) for result in results]}
+            return batch | {"detections": noted(results)}
 
     ray.init("local")  # and not what an earlier `ray start` left behind
     images = ray.data.read_images(folder, mode="RGB", include_paths=True)
@@ -76,7 +85,7 @@ def daft(folder: str, out: str, weights: str, imgsz: int) -> None:
 
         def __call__(self, images: Any) -> list[Any]:
             results = self.model.predict([image[..., ::-1] for image in images.to_pylist()], imgsz=imgsz, verbose=False)
-            return [detections(result) for result in results]
+            return noted(results)
 
     frame = daft.from_glob_path(f"{folder}/*.jpg")
     frame = frame.with_column("image", col("path").download().decode_image(mode="RGB"))
@@ -84,7 +93,7 @@ def daft(folder: str, out: str, weights: str, imgsz: int) -> None:
 
 
 def limit(folder: str, out: str, weights: str, imgsz: int) -> None:
-    """The model alone at our best precision: its input is in memory, its output is dropped. Prints its seconds."""
+    """The model alone at our best precision: its input is in memory, its output is dropped."""
     import numpy as np
     import torch
 
@@ -98,11 +107,16 @@ def limit(folder: str, out: str, weights: str, imgsz: int) -> None:
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(model.dtype).to(model.predictor.device)
     compute = partial(model.compiled, pictures) if model.compiles else partial(model.backend, batch)
     with torch.inference_mode():
-        compute()
-        started = time.perf_counter()
-        for _ in range(batches):
+        for _ in range(batches + 1):  # the first warms up
             compute()
-    print(f"seconds {(time.perf_counter() - started) * count / (batches * BATCH)}")
+            done(BATCH)
+
+
+def noted(results: Any) -> list[list[dict[str, Any]]]:
+    """Detections of each picture, which are done."""
+    found = [detections(result) for result in results]
+    done(len(found))
+    return found
 
 
 def detections(result: Any) -> list[dict[str, Any]]:

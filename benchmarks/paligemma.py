@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import conditions
+from benchmarks.measuring import conditions
 from demo.scenes import scenes
 from demo.writers import jpeg
 

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import conditions, make_pictures
+from benchmarks.measuring import conditions, measure
+from benchmarks.throughput import make_pictures
 from tests.chaos.service import Service, running
 from tests.conftest import WEIGHTS
 
@@ -42,9 +43,7 @@ def crowd(service: Service, pictures: Path, clients: int, seconds: float, rest: 
 
 def alone(pictures: Path) -> float:
     """Pictures per second of YOLO alone, with its inputs in memory and all cores."""
-    command = [sys.executable, "-m", "benchmarks.contenders", "limit", pictures, pictures, WEIGHTS / "detect.pt", "640"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    return len(list(pictures.iterdir())) / float(done.stdout.split()[-1])
+    return measure("benchmarks.contenders", "limit", pictures, pictures, WEIGHTS / "detect.pt", 640).rate or math.nan
 
 
 def main() -> None:

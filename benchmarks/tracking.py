@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import conditions
+from benchmarks.measuring import conditions
 from demo.clips import write_clips
 from demo.run import WEIGHTS
 from demo.score import tracks_of

@@ -1,27 +1,23 @@
 """Frames per second of ours and of the peers on videos: `python -m benchmarks.video`.
 
-Two tasks, as video_contenders.py describes them: boxes of every frame, and a PNG of every box. Each contender runs as a
-process of its own over one clip and over all of them, and the difference gives its speed: start-up is apart.
-Contenders alternate, and medians are given. Nothing else should run on the machine.
+Two tasks, as video_contenders.py describes them: boxes of every frame, and a PNG of every box; of one clip and of all
+of them. See measuring.py. Nothing else should run on the machine.
 """
 
 import argparse
-import json
 import shutil
-import statistics
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 
-from benchmarks.throughput import conditions, timed
+from benchmarks import measuring
+from benchmarks.throughput import PEERS
 from benchmarks.video_contenders import HEIGHT, TASKS, WIDTH
 from demo.run import WEIGHTS, photographs
 
-HERE = Path(__file__).parent
 FPS = 25
 NAMES = {
     "shardsight": "Shardsight, defaults",
@@ -31,7 +27,6 @@ NAMES = {
     "daft": "Daft, `read_video_frames`",
     "decoding": "decoding alone, PyAV on one thread",
 }
-Times = dict[str, list[float]]
 
 
 def make_clips(folder: Path, count: int, length: int) -> None:
@@ -56,69 +51,44 @@ def make_clips(folder: Path, count: int, length: int) -> None:
             file.mux(stream.encode())
 
 
-def seconds(task: str, name: str, folder: Path, out: Path, weights: Path) -> float:
-    shutil.rmtree(out, ignore_errors=True)
-    return timed("benchmarks.video_contenders", task, name, folder, out, weights, printed=name == "decoding")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=16, help="clips")
     parser.add_argument("--length", type=int, default=100, help="of a clip, frames")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "detect.pt")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="repeatable; all by default")
     parser.add_argument("--only", choices=list(NAMES), action="append", help="contenders, repeatable; all by default")
-    parser.add_argument("--quick", action="store_true", help="one round over 3 clips of 25 frames, to see that it runs")
-    parser.add_argument("--record", action="store_true", help="write the table beside this file")
+    measuring.options(parser, rounds=3)
     args = parser.parse_args()
     if args.quick:
-        args.count, args.length, args.rounds = 3, 25, 1
-    starts, longs = measure(args)
-    table = report(starts, longs, args)
-    print(table)
-    if args.record:
-        (HERE / "video.md").write_text(table)
-        figures = {"clips": args.count, "frames of a clip": args.length, "seconds for one": starts, "for all": longs}
-        (HERE / "video.json").write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def measure(args: argparse.Namespace) -> tuple[dict[str, Times], dict[str, Times]]:
-    """Seconds of each round by task and contender: for one clip, and for all."""
-    starts, longs = ({task: defaultdict(list) for task in args.task or TASKS} for _ in range(2))
+        args.count, args.rounds = 4, 1
     with tempfile.TemporaryDirectory() as work:
-        one, all, out = Path(work) / "one", Path(work) / "all", Path(work) / "out"
-        make_clips(all, args.count, args.length)
-        one.mkdir()
-        shutil.copy(all / "00000.mp4", one)
-        runs = [(task, name) for task in starts for name in TASKS[task] if not args.only or name in args.only]
-        for _ in range(args.rounds):
-            for task, name in runs:
-                starts[task][name].append(seconds(task, name, one, out, args.weights))
-                longs[task][name].append(seconds(task, name, all, out, args.weights))
-                print(f"{task}, {name}: {starts[task][name][-1]:.1f} s, {longs[task][name][-1]:.1f} s", flush=True)
-    return starts, longs
+        folders = {1: Path(work) / "one", args.count: Path(work) / "all"}
+        make_clips(folders[args.count], args.count, args.length)
+        folders[1].mkdir(exist_ok=True)
+        shutil.copy(folders[args.count] / "00000.mp4", folders[1])
+        for task in args.task or TASKS:
+
+            def command(name: str, size: int, task: str = task) -> list[object]:
+                out = Path(work) / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                return ["benchmarks.video_contenders", task, name, folders[size], out, args.weights]
+
+            names = [name for name in TASKS[task] if not args.only or name in args.only]
+            text = report(measuring.contest(names, list(folders), args.rounds, command), args)
+            print(text)
+            if args.record:
+                measuring.record(f"Videos, {task}, {measuring.kind()}", text)
 
 
-def report(starts: dict[str, Times], longs: dict[str, Times], args: argparse.Namespace) -> str:
-    frames = (args.count - 1) * args.length
-    lines = []
-    for task, times in longs.items():
-        start = {name: statistics.median(runs) for name, runs in starts[task].items()}
-        rates = {name: [frames / (long - start[name]) for long in runs] for name, runs in times.items()}
-        peers = [statistics.median(rates[name]) for name in ("ultralytics", "ray_data", "daft") if name in rates]
-        fastest = max(peers, default=float("nan"))
-        lines += [f"| {task} | frames/s | spread | of the fastest peer | start-up, s |", "|---|---:|---:|---:|---:|"]
-        for name, runs in rates.items():
-            median, spread = statistics.median(runs), f"{min(runs):.1f}–{max(runs):.1f}"
-            begun = "" if name == "decoding" else f"{start[name]:.0f}"
-            lines.append(f"| {NAMES[name]} | {median:.1f} | {spread} | {median / fastest:.2f}× | {begun} |")
-        lines.append("")
+def report(runs: measuring.Runs, args: argparse.Namespace) -> str:
     work = (
-        f"{args.count} clips of {args.length} frames, H.264, {WIDTH}×{HEIGHT}, YOLOv8n, "
-        f"median of {args.rounds} alternating rounds; start-up includes a clip"
+        f"clips of {args.length} frames, H.264, {WIDTH}×{HEIGHT}, YOLOv8n, "
+        f"median of {args.rounds} alternating rounds (least–most); columns of seconds by the number of clips"
     )
-    return "\n".join([*lines, conditions(work, ("ultralytics", "ray", "daft", "av", "torch")), ""])
+    made = measuring.table(runs, NAMES, PEERS, "frames", bare=("decoding",))
+    said = measuring.conditions(work, ("ultralytics", "ray", "daft", "av", "torch", "openvino"))
+    return f"{made}\n\n{said}. {measuring.noise(runs)}\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ decodes with PyAV, as Daft does: `read_videos` needs decord, whose last release 
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import contenders
-from benchmarks.contenders import BATCH, detections
+from benchmarks.contenders import BATCH, noted
+from benchmarks.measuring import done
 
 SIDE = 640
 IMGSZ = 640
@@ -52,7 +52,7 @@ def ray_data(folder: str, out: str, weights: str) -> None:
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             images = [image[..., ::-1] for image in batch.pop("frame")]  # ultralytics takes BGR
             results = self.model.predict(images, imgsz=IMGSZ, verbose=False)
-            return batch | {"detections": [detections(result) for result in results]}
+            return batch | {"detections": noted(results)}
 
     _in_actor(_ray_frames(folder, WIDTH, HEIGHT), Detect).write_parquet(out)
 
@@ -74,18 +74,16 @@ def daft(folder: str, out: str, weights: str) -> None:
 
         def __call__(self, images: Any) -> list[Any]:
             results = self.model.predict([image[..., ::-1] for image in images.to_pylist()], imgsz=IMGSZ, verbose=False)
-            return [detections(result) for result in results]
+            return noted(results)
 
     frame = _daft_frames(folder, WIDTH, HEIGHT)
     frame.select("path", "frame_index", Detect(col("data")).alias("detections")).write_parquet(out)
 
 
 def decoding(folder: str, out: str, weights: str) -> None:
-    """PyAV alone, every frame to RGB: what no contender on one thread can pass. Prints its seconds."""
-    started = time.perf_counter()
+    """PyAV alone, every frame to RGB: what no contender on one thread can pass."""
     for _ in _frames(folder, WIDTH, HEIGHT):
-        pass
-    print(f"seconds {time.perf_counter() - started}")
+        done(1)
 
 
 def shardsight_crops(folder: str, out: str, weights: str, precision: str = "auto") -> None:
@@ -141,6 +139,7 @@ def crops(table: Any) -> Any:
         for one in found[row] or []
         for box in [[one[side] for side in ("x1", "y1", "x2", "y2")]]
     ]
+    done(len(table))
     schema = [("path", pa.string()), ("frame_index", pa.int32()), ("label", pa.string()), ("confidence", pa.float64())]
     return pa.Table.from_pylist(rows, pa.schema([*schema, ("bbox", pa.list_(pa.float64())), ("object", pa.binary())]))
 
@@ -220,6 +219,7 @@ class _Model:
         from torchvision.transforms.functional import to_tensor
 
         results = self.model(torch.stack([to_tensor(frame) for frame in frames]), verbose=False)
+        done(len(frames))
         return [
             [
                 {"label": result.names[int(label)], "confidence": confidence, "bbox": box}

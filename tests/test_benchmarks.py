@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks import measuring
+from benchmarks.measuring import Run
 from benchmarks.video import make_clips
 from benchmarks.video_contenders import HEIGHT, IMGSZ, SIDE, WIDTH, _frames, _Model, crops, squash
 from demo.scenes import Scene
@@ -58,3 +60,45 @@ def test_clips_move(tmp_path: Path) -> None:
     frames = [row["frame"] for row in _frames(str(tmp_path / "clips"), WIDTH, HEIGHT)]
     assert len(frames) == 5 and frames[0].shape == (HEIGHT, WIDTH, 3)
     assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 5
+
+
+def test_the_rate_of_a_stream() -> None:
+    """Beyond the first rows, in whatever order processes note theirs."""
+    assert measuring.rate("12.0 16\n10.0 16\n14.0 8\n") == pytest.approx(24 / 4)
+    assert measuring.rate("") is measuring.rate("10.0 16\n") is measuring.rate("10.0 16\n10.0 1\n") is None
+
+
+def test_a_contender_is_measured_with_all_of_its_processes() -> None:
+    """Also one that it leaves behind; and a failure is told."""
+    run = measuring.measure("tests.contender", 200)
+    assert run.rate and run.seconds < 30
+    assert run.peak_mb > 2 * 200 and run.cpu_seconds > 2  # its own, and the orphan's
+    with pytest.raises(SystemExit, match=r"tests\.contender what failed:[^$]*ValueError"):
+        measuring.measure("tests.contender", "what")
+
+
+def _runs(*rates: float, others: float = 0.0) -> dict[int, list[Run]]:
+    return {size: [Run(100 / rate, rate, 10, 1000, others) for rate in rates] for size in (16, 400)}
+
+
+def test_a_table_compares_round_by_round() -> None:
+    """Ours is twice as fast in each round, however much the machine changes between them."""
+    runs = {"ours": _runs(20, 100, 40), "slow": _runs(2, 10, 4), "peer": _runs(10, 50, 20), "bare": _runs(99, 99, 99)}
+    lines = measuring.table(runs, {name: name for name in runs}, ["slow", "peer"], "rows", ["bare"]).splitlines()
+    assert lines[0] == "| | 16, s | 400, s | rows/s | of the fastest peer | CPU, s | MB |"
+    assert lines[2] == "| ours | 2.5 | 2.5 | 40.0 | 2.00× (2.00–2.00) | 10 | 1,000 |"
+    assert lines[5].startswith("| bare |  |  | 99.0 | 4.95× (1.98–9.90) |  |")
+
+
+def test_noise_is_told() -> None:
+    assert measuring.noise({"a": _runs(1, others=0.03)}) == "Other work took 3% of the machine, at most 3%."
+    assert "in 2 of 4 runs: **too much" in measuring.noise({"a": _runs(1), "b": _runs(1, others=0.2)})
+
+
+def test_a_card_replaces_its_own_alone(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\n## A, x\n\nold\n\n## B, x\n\nkept\n")
+    measuring.record("A, x", "new\n", path)
+    measuring.record("C, x", "first\n", path)
+    measuring.record("B, x", "last\n", path)
+    assert path.read_text() == "# Results\n\n## C, x\n\nfirst\n\n## A, x\n\nnew\n\n## B, x\n\nlast\n"

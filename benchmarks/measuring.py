@@ -1,0 +1,222 @@
+"""Contenders side by side: each a command of its own, in alternating rounds, with all of its processes measured."""
+
+import argparse
+import ctypes
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+DONE = "BENCHMARK_DONE"  # names the file in which a contender notes what it has done
+EVERY = 0.25  # seconds between two looks at the processes
+NOISY = 0.1  # share of the machine that other work took, from which on a comparison says nothing
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a contender become children of this process
+
+
+@dataclass(frozen=True)
+class Run:
+    """seconds: of the whole command. rate: rows a second, from the moment when the first are done and without them, to
+    the last; None where all come at once. cpu_seconds, peak_mb: of all processes together; each counts its part of the
+    memory that they share. others: the share of the machine's CPU time that other work took, also in other
+    virtual machines.
+    """
+
+    seconds: float
+    rate: float | None
+    cpu_seconds: float
+    peak_mb: float
+    others: float
+
+
+def done(rows: int) -> None:
+    """Note that so many more rows are done; called by contenders, in any of their processes."""
+    if path := os.environ.get(DONE):
+        with open(path, "a") as file:
+            file.write(f"{time.time()} {rows}\n")
+
+
+def rate(noted: str) -> float | None:
+    """Rows a second of what `done` noted: beyond the first rows, from their time to the last ones'."""
+    marks = sorted((float(at), int(rows)) for at, rows in (line.split() for line in noted.splitlines()))
+    if len(marks) < 2 or marks[-1][0] == marks[0][0]:
+        return None
+    return sum(rows for _, rows in marks[1:]) / (marks[-1][0] - marks[0][0])
+
+
+def measure(*command: object) -> Run:
+    """Run `python -m` command. Exits where it fails."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)
+    with tempfile.NamedTemporaryFile("r") as noted, tempfile.TemporaryFile("w+") as said, _Meter() as meter:
+        began = time.perf_counter()
+        environment = os.environ | {DONE: noted.name}
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)], stdout=said, stderr=said, env=environment
+        )
+        code = process.wait()
+        seconds = time.perf_counter() - began
+        if code:
+            said.seek(0)
+            sys.exit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
+        meter.end()
+        return Run(seconds, rate(noted.read()), meter.cpu_seconds, meter.peak / 2**20, meter.others)
+
+
+class _Meter:
+    """Watches the descendants of this process, and the machine."""
+
+    def __enter__(self) -> "_Meter":
+        self.cpu, self.peak, self.over = dict[int, float](), 0.0, threading.Event()
+        self.own, self.before = psutil.Process().cpu_times(), psutil.cpu_times()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.over.wait(EVERY):
+            memory = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    times = process.cpu_times()
+                    self.cpu[process.pid] = times.user + times.system
+                    found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.M)
+                    memory += 1024 * int(found[1]) if found else 0
+            self.peak = max(self.peak, memory)
+
+    def end(self) -> None:
+        """Wait for what the command has left behind, and end it."""
+        left = psutil.Process().children(recursive=True)
+        _, alive = psutil.wait_procs(left, timeout=10)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive)
+        self.over.set()
+        self.thread.join()
+        own, times, before = psutil.Process().cpu_times(), psutil.cpu_times(), self.before
+        self.cpu_seconds = sum(self.cpu.values())
+        idle = sum(getattr(times, name) - getattr(before, name) for name in ("idle", "iowait"))
+        whole = sum(times[:8]) - sum(before[:8])  # without guests, which count as users
+        mine = own.user + own.system - self.own.user - self.own.system
+        self.others = max(0.0, (whole - idle - mine - self.cpu_seconds) / whole)
+
+
+Runs = dict[str, dict[int, list[Run]]]
+
+
+def contest(
+    names: Sequence[str], sizes: Sequence[int], rounds: int, command: Callable[[str, int], Sequence[object]]
+) -> Runs:
+    """Contender → size of the work → its runs. In a round every contender does each size once, one after the other."""
+    found: Runs = {name: {size: [] for size in sizes} for name in names}
+    for _ in range(rounds):
+        for size in sizes:
+            for name in names:
+                run = measure(*command(name, size))
+                found[name][size].append(run)
+                said = f"{run.rate:.1f}/s, " if run.rate else ""
+                print(
+                    f"{name}, {size:,}: {run.seconds:.1f} s, {said}CPU {run.cpu_seconds:.0f} s, {run.peak_mb:,.0f} MB, "
+                    f"other work {run.others:.0%}",
+                    flush=True,
+                )
+    return found
+
+
+def table(runs: Runs, labels: Mapping[str, str], peers: Sequence[str], unit: str, bare: Sequence[str] = ()) -> str:
+    """Medians, as Markdown: seconds of the whole command by size, and of the largest size the rate of the stream, with
+    its ratio to the fastest peer's, round by round (least–most); CPU seconds and memory. bare: contenders that are no
+    whole command."""
+    sizes = list(next(iter(runs.values())))
+    largest = sizes[-1]
+    found = {name: median(one[largest], "rate") for name, one in runs.items()}
+    fastest = max((name for name in peers if name in runs), key=lambda name: found[name], default=None)
+    columns = [*(f"{size:,}, s" for size in sizes), f"{unit}/s", "of the fastest peer", "CPU, s", "MB"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, one in runs.items():
+        whole = ["" if name in bare else f"{median(one[size], 'seconds'):.1f}" for size in sizes]
+        against = _against(one[largest], runs[fastest][largest]) if fastest else ""
+        cost = ["", ""] if name in bare else [f"{median(one[largest], key):,.0f}" for key in ("cpu_seconds", "peak_mb")]
+        lines.append("| " + " | ".join([labels[name], *whole, f"{found[name]:.1f}", against, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def median(runs: Sequence[Run], key: str) -> float:
+    """NaN where it is not known."""
+    values = [value for value in (getattr(run, key) for run in runs) if value is not None]
+    return statistics.median(values) if values else float("nan")
+
+
+def _against(runs: Sequence[Run], others: Sequence[Run]) -> str:
+    ratios = [run.rate / other.rate for run, other in zip(runs, others, strict=True) if run.rate and other.rate]
+    if not ratios:
+        return ""
+    spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}×{spread}"
+
+
+def noise(runs: Runs) -> str:
+    """A sentence on how much other work there was."""
+    shares = [run.others for one in runs.values() for some in one.values() for run in some]
+    most, often = max(shares), sum(share > NOISY for share in shares)
+    said = f"Other work took {statistics.median(shares):.0%} of the machine, at most {most:.0%}"
+    if not often:
+        return f"{said}."
+    return f"{said}, and more than {NOISY:.0%} in {often} of {len(shares)} runs: **too much for a comparison**."
+
+
+def kind() -> str:
+    """Of the CPU, by what it computes in; figures of two kinds are not to be compared."""
+    flags = set(re.findall(r"\w+", _cpuinfo("flags")))
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512 without bf16", "avx2": "AVX2 alone"}
+    return next((name for flag, name in names.items() if flag in flags), platform.machine())
+
+
+def _cpuinfo(field: str) -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def conditions(work: str, packages: Sequence[str]) -> str:
+    """What a table was measured on."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    cpu = _cpuinfo("model name") or platform.processor()
+    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu} ({kind()}), {os.cpu_count()} cores, no GPU; {work}; {versions}"
+
+
+def record(title: str, text: str, path: Path = HERE / "RESULTS.md") -> None:
+    """Put a card into RESULTS.md, in place of an earlier one of the same title."""
+    results = path.read_text()
+    heading = f"## {title}\n"
+    before, found, rest = results.partition(heading)
+    after = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    if not found:
+        first = results.index("\n## ") + 1
+        before, after = results[:first], results[first:]
+    path.write_text(f"{before}{heading}\n{text.strip()}\n\n{after}".rstrip() + "\n")
+
+
+def options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Those that all contests have."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--quick", action="store_true", help="one round, and less work: some five minutes")
+    parser.add_argument(
+        "--record", action="store_true", help="write the table into RESULTS.md, as the card of this CPU"
+    )
