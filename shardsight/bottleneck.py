@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-HELD = 0.3  # share of the time that memory may hold reading back, before it bounds a job in which
-SATURATED = 0.75  # no stage is busy for this share
+# Share of the time by which more memory would shorten a job that memory bounds: it held reading back for so long, and the
+# busiest stage waited for as long.
+SAVED = 0.2
 SPILLED = 0.5  # share of the flow's bytes that may go to the disk
 # Of the stages that are no models, as a sentence calls them.
 _NAMES = {"read": "reading", "decode": "decoding", "write": "writing"}
@@ -16,8 +17,8 @@ class Use:
 
     busy: stage → seconds in which its processes computed, or waited for a store. slots: stage → seconds of all the
     processes that it had; reading and decoding are done by the same ones, `decode`. seconds: of the whole stream.
-    blocked: seconds in which the flow waited for results to be written. held: seconds in which memory held reading back
-    though nothing waited for the models. spilled, made: bytes that Ray's object store wrote to the disk, and was given.
+    blocked: seconds in which the flow waited for results to be written. held: seconds in which nothing waited for the
+    models and yet memory held reading back, by the share of its slots that were free. spilled, made: bytes that Ray's object store wrote to the disk, and was given.
     """
 
     busy: Mapping[str, float]
@@ -48,7 +49,7 @@ class Use:
         candidates = {prepared_by: preparing, **models, "write": shares["write"]}
         stage = max(candidates, key=lambda name: candidates[name])
         held, spilled = _share(self.held, self.seconds), _share(self.spilled, self.made)
-        if spilled > SPILLED or (held > HELD and candidates[stage] < SATURATED):
+        if spilled > SPILLED or min(held, 1 - candidates[stage]) > SAVED:
             return "memory", self._memory(held)
         if stage in models:
             others = f"reading and decoding {preparing:.0%}"

@@ -1,6 +1,7 @@
 """Jobs that are slow for a reason name that reason."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,18 @@ def test_slow_writing(s3: S3, pictures: Path, tmp_path: Path) -> None:
     assert "writing: the flow waited for it" in said and "--rows-per-file" in said
 
 
-def test_too_little_memory(tmp_path: Path) -> None:
-    """Decoding and YOLO take as long, and there is no room for the one's work while the other computes."""
-    folder, port = large(tmp_path / "in", 100, 4000, 3000), free_port()
-    with ray_head(f"--port={port}", "--object-store-memory=80000000"):
-        asked = (folder, "--yolo", WEIGHTS / "detect.pt", "--imgsz", "1280", "--no-scaled-decode")
+@pytest.mark.parametrize(("megabytes", "bound"), [(80, "memory"), (2000, "read")])
+def test_too_little_memory(s3: S3, tmp_path: Path, megabytes: int, bound: str) -> None:
+    """Pictures take a second to come, and several could be on their way at once, if there were room for them."""
+    smooth = np.broadcast_to(np.linspace(0, 255, 4000, dtype=np.uint8)[:, None], (3000, 4000, 3))
+    Image.fromarray(np.ascontiguousarray(smooth)).save(tmp_path / "smooth.jpg")
+    for number in range(60):
+        shutil.copy(tmp_path / "smooth.jpg", s3.bucket("large") / f"{number}.jpg")
+    port = free_port()
+    with (
+        proxy(s3.url, delays={"GET": 1.0}) as slow,
+        ray_head(f"--port={port}", f"--object-store-memory={megabytes * 10**6}", "--num-cpus=6"),
+    ):
+        asked = ("s3://large", *SMALL, "--no-scaled-decode", *s3.options(url=slow.url))
         stage, advice = bottleneck(tmp_path / "out", *asked, cluster=f"127.0.0.1:{port}")
-    assert stage == "memory" and "object-store-memory" in advice
+    assert stage == bound and ("object-store-memory" in advice) == (bound == "memory")
