@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Share of the time by which more memory would shorten a job that memory bounds: it held reading back for so long, and the
-# busiest stage waited for as long.
+# Share of the time by which more memory would shorten a job that memory bounds: it held reading back for so long, and
+# the busiest stage waited for as long.
 SAVED = 0.2
 SPILLED = 0.5  # share of the flow's bytes that may go to the disk
 # Of the stages that are no models, as a sentence calls them.
@@ -18,7 +18,8 @@ class Use:
     busy: stage → seconds in which its processes computed, or waited for a store. slots: stage → seconds of all the
     processes that it had; reading and decoding are done by the same ones, `decode`. seconds: of the whole stream.
     blocked: seconds in which the flow waited for results to be written. held: seconds in which nothing waited for the
-    models and yet memory held reading back, by the share of its slots that were free. spilled, made: bytes that Ray's object store wrote to the disk, and was given.
+    models and yet memory held reading back, by the share of its slots that were free. spilled, made: bytes that Ray's
+    object store wrote to the disk, and was given.
     """
 
     busy: Mapping[str, float]

@@ -1,7 +1,7 @@
 """Jobs that are slow for a reason name that reason."""
 
 import io
-import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,9 @@ def test_too_little_memory(s3: S3, tmp_path: Path, megabytes: int, bound: str) -
     """Pictures take a second to come, and several could be on their way at once, if there were room for them."""
     smooth = np.broadcast_to(np.linspace(0, 255, 4000, dtype=np.uint8)[:, None], (3000, 4000, 3))
     Image.fromarray(np.ascontiguousarray(smooth)).save(tmp_path / "smooth.jpg")
-    for number in range(60):
-        shutil.copy(tmp_path / "smooth.jpg", s3.bucket("large") / f"{number}.jpg")
+    for number in range(30):
+        with tarfile.open(s3.bucket("large") / f"{number}.tar", "w") as tar:
+            tar.add(tmp_path / "smooth.jpg", f"{number}.jpg")
     port = free_port()
     with (
         proxy(s3.url, delays={"GET": 1.0}) as slow,
