@@ -87,14 +87,14 @@ def test_too_little_memory(s3: S3, tmp_path: Path, megabytes: int, bound: str) -
     """Pictures take a second to come, and several could be on their way at once, if there were room for them."""
     smooth = np.broadcast_to(np.linspace(0, 255, 4000, dtype=np.uint8)[:, None], (3000, 4000, 3))
     Image.fromarray(np.ascontiguousarray(smooth)).save(tmp_path / "smooth.jpg")
-    for number in range(30):
+    for number in range(45):
         with tarfile.open(s3.bucket("large") / f"{number}.tar", "w") as tar:
             tar.add(tmp_path / "smooth.jpg", f"{number}.jpg")
     port = free_port()
     with (
         proxy(s3.url, delays={"GET": 1.0}) as slow,
-        ray_head(f"--port={port}", f"--object-store-memory={megabytes * 10**6}", "--num-cpus=6"),
+        ray_head(f"--port={port}", f"--object-store-memory={megabytes * 10**6}", "--num-cpus=12"),
     ):
-        asked = ("s3://large", *SMALL, "--no-scaled-decode", *s3.options(url=slow.url))
+        asked = ("s3://large", *SMALL, "--no-scaled-decode", "--yolo-actors", 1, *s3.options(url=slow.url))
         stage, advice = bottleneck(tmp_path / "out", *asked, cluster=f"127.0.0.1:{port}")
     assert stage == bound and ("object-store-memory" in advice) == (bound == "memory")
