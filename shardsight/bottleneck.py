@@ -17,9 +17,8 @@ class Use:
 
     busy: stage → seconds in which its processes computed, or waited for a store. slots: stage → seconds of all the
     processes that it had; reading and decoding are done by the same ones, `decode`. seconds: of the whole stream.
-    blocked: seconds in which the flow waited for results to be written. held: seconds in which nothing waited for the
-    models and yet memory held reading back, by the share of its slots that were free. spilled, made: bytes that Ray's
-    object store wrote to the disk, and was given.
+    blocked: seconds in which the flow waited for results to be written. held: seconds in which memory held reading back
+    though nothing waited for the models. spilled, made: bytes that Ray's object store wrote to the disk, and was given.
     """
 
     busy: Mapping[str, float]

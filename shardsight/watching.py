@@ -78,10 +78,8 @@ class Watch:
         if self.made or all(alive):
             self.seconds += passed
         waiting = any(state.total_enqueued_input_blocks() for _, state in pools)
-        if all(alive) and not waiting:
-            full = any(op._in_task_output_backpressure for op, _ in tasks)  # what has been decoded finds no room
-            held = any(op._in_task_submission_backpressure for op, _ in tasks)
-            self.held += passed * (1.0 if full else held * free / max(1, readers))
+        if all(alive) and not (running or waiting) and any(op._in_task_submission_backpressure for op, _ in tasks):
+            self.held += passed
         reading = [{"CPU": 1.0}] if running and not self.made else []
         wanted = [stage.request for stage, (pool, _) in models if not pool.num_alive_actors()]
         if now - self._asked > PATIENCE:

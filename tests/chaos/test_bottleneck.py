@@ -1,7 +1,6 @@
 """Jobs that are slow for a reason name that reason."""
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from demo.scenes import scenes
 from demo.writers import write
 from tests.chaos.proxy import proxy
-from tests.conftest import S3, WEIGHTS, free_port, job_of, ray_head, start_job
+from tests.conftest import S3, WEIGHTS, job_of, start_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SMALL = ("--yolo", WEIGHTS / "detect.pt", "--imgsz", "96")
@@ -36,8 +35,8 @@ def large(folder: Path, count: int, width: int, height: int) -> Path:
     return folder
 
 
-def bottleneck(out: Path, *arguments: Any, cluster: str | None = None) -> tuple[str, str]:
-    job = start_job(*arguments, "--output", out, cluster=cluster)
+def bottleneck(out: Path, *arguments: Any) -> tuple[str, str]:
+    job = start_job(*arguments, "--output", out)
     said = job.communicate()[1]
     assert job.returncode == 0, said
     content = job_of(out)
@@ -80,21 +79,3 @@ def test_slow_writing(s3: S3, pictures: Path, tmp_path: Path) -> None:
         said = job.communicate()[1]
     assert job.returncode == 0, said
     assert "writing: the flow waited for it" in said and "--rows-per-file" in said
-
-
-@pytest.mark.parametrize(("megabytes", "bound"), [(80, "memory"), (2000, "read")])
-def test_too_little_memory(s3: S3, tmp_path: Path, megabytes: int, bound: str) -> None:
-    """Pictures take a second to come, and several could be on their way at once, if there were room for them."""
-    smooth = np.broadcast_to(np.linspace(0, 255, 4000, dtype=np.uint8)[:, None], (3000, 4000, 3))
-    Image.fromarray(np.ascontiguousarray(smooth)).save(tmp_path / "smooth.jpg")
-    for number in range(45):
-        with tarfile.open(s3.bucket("large") / f"{number}.tar", "w") as tar:
-            tar.add(tmp_path / "smooth.jpg", f"{number}.jpg")
-    port = free_port()
-    with (
-        proxy(s3.url, delays={"GET": 1.0}) as slow,
-        ray_head(f"--port={port}", f"--object-store-memory={megabytes * 10**6}", "--num-cpus=12"),
-    ):
-        asked = ("s3://large", *SMALL, "--no-scaled-decode", "--yolo-actors", 1, *s3.options(url=slow.url))
-        stage, advice = bottleneck(tmp_path / "out", *asked, cluster=f"127.0.0.1:{port}")
-    assert stage == bound and ("object-store-memory" in advice) == (bound == "memory")
