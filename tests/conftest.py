@@ -39,6 +39,12 @@ PHOTOGRAPHS = [Path(_ULTRALYTICS.origin).parent / "assets" / name for name in ("
 hypothesis.settings.register_profile("shardsight", deadline=None)
 hypothesis.settings.load_profile("shardsight")
 S3_KEY, S3_SECRET = "test-key", "test-secret"
+# The files that take longest: begun first, so that of two processes neither is left alone with one of them at the end.
+FIRST = ("test_video_job.py", "test_paligemma_job.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
