@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import torch
 import yaml
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelDied, ModelError, cache
+from shardsight.models.yolo import info
+from shardsight.models.yolo import openvino as openvino_network
 from shardsight.models.yolo.info import inspect
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.model import Yolo
@@ -239,3 +242,35 @@ def test_a_folder_is_looked_at_again_when_a_file_in_it_changes(exported: Path, t
     second = inspect(str(folder))
     assert second.names == first.names | {0: "renamed"} and second.sha256 != first.sha256
     assert [name for name in first.files if first.files[name] != second.files[name]] == ["metadata.yaml"]
+
+
+def test_a_model_is_inspected_and_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for the next process gives the same; other weights of the same name are no such model."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, photograph = tmp_path / "model.pt", PHOTOGRAPHS[0].read_bytes()
+    shutil.copy(DETECTOR, model)
+    info_made, rows = inspect(str(model)), Yolo(str(model), precision="fp32")([photograph])
+    assert rows[0]["detections"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(info, "_found", never)
+    monkeypatch.setattr(openvino_network, "_convert", never)
+    info._inspect.cache_clear()
+    assert inspect(str(model)) == info_made
+    assert Yolo(str(model), precision="fp32")([photograph]) == rows
+    shutil.copy(WEIGHTS / "pose.pt", model)
+    with pytest.raises(AssertionError, match="made again"):
+        inspect(str(model))
+    with pytest.raises(ModelDied, match="made again"):
+        Yolo(str(model), precision="fp32")([photograph])
+
+
+def test_what_another_user_keeps_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache("networks")
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+    (tmp_path / f"shardsight-{os.getuid()}").mkdir()
+    with pytest.raises(ModelError, match="belongs to another user: remove it, or set TMPDIR"):
+        cache("networks")

@@ -1,7 +1,12 @@
 """The models' exceptions, and the precision that this machine supports."""
 
 import hashlib
+import json
+import os
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from shardsight.errors import UsageError
 
@@ -23,6 +28,23 @@ def computes_bf16() -> bool:
 def automatic(cuda: bool) -> str:
     """The precision `auto`: fp16 on CUDA, bf16 on a CPU that computes in it, else fp32."""
     return "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
+
+
+def cache(kind: str) -> Path:
+    """This user's folder for what takes long to make or to fetch, and can be made again. Raises ModelError."""
+    whole = Path(tempfile.gettempdir()) / f"shardsight-{os.getuid()}"
+    whole.mkdir(0o700, exist_ok=True)
+    if whole.stat().st_uid != os.getuid():  # what somebody else could change would be loaded as a model
+        raise ModelError(f"{whole} belongs to another user: remove it, or set TMPDIR to a folder of yours")
+    (whole / kind).mkdir(exist_ok=True)
+    return whole / kind
+
+
+def key_of(folder: Path, *made_of: Any) -> str:
+    """A name for what is made of these, JSON, by the code in a folder and the libraries that models are loaded with."""
+    code = [sha256_of(file) for file in sorted(folder.glob("*.py"))]
+    versions = [version(package) for package in ("ultralytics", "torch", "openvino")]
+    return hashlib.sha256(json.dumps([made_of, code, versions]).encode()).hexdigest()
 
 
 def sha256_of(file: Path) -> str:

@@ -1,12 +1,11 @@
 """Models that lie in object storage, as local copies."""
 
-import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, cache
 from shardsight.row import version_of
 from shardsight.storage import Entry, Storage, StorageError, explain
 
@@ -23,10 +22,9 @@ def stage(uri: str, storage: Storage) -> Path:
         if not entries:
             raise ModelError(f"there is no model at {uri}: check the name; nothing is downloaded from elsewhere")
         version = version_of(uri, *(f"{entry.uri} {entry.version}" for entry in entries))
-        folder = Path(tempfile.gettempdir()) / f"shardsight-{os.getuid()}" / "models" / version
+        folder = cache("models") / version
         name = uri.rpartition("/")[2]
         if not folder.exists():
-            folder.parent.mkdir(0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 for entry in entries:
                     _fetch(entry, Path(temporary) / "whole" / name / entry.uri[len(uri) + 1 :], storage)

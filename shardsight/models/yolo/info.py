@@ -1,4 +1,5 @@
 """What a YOLO model is, for a process that does not load torch: a subprocess loads the model and prints it as JSON.
+What it prints is kept for the next time.
 
 The subprocess is `python -m shardsight.models.yolo.info PATH IMGSZ`, with IMGSZ in JSON.
 """
@@ -8,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError, sha256_of, weights_of
+from shardsight.models.info import ModelError, cache, key_of, sha256_of, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
@@ -40,7 +42,7 @@ class YoloInfo:
 
 
 def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | None = None) -> YoloInfo:
-    """Raises ModelError. Takes seconds for the first call, and again after a file of the model has changed.
+    """Raises ModelError. Takes seconds for a model that this user's processes have not inspected before.
 
     storage: of a model in a store, of which a copy is inspected.
     """
@@ -62,17 +64,16 @@ def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
 
 @lru_cache
 def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> YoloInfo:
-    command = [sys.executable, "-m", "shardsight.models.yolo.info", path, imgsz]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"its process exited with code {done.returncode}"])[-1]
-        raise ModelError(f"{path} cannot be loaded as a YOLO model: {last}")
-    found = json.loads(done.stdout)
-    if "error" in found:
-        raise ModelError(found["error"])
-    input = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
     files = {name: sha256_of(file) for name, file in _files(Path(path)).items()}
     digests = b"".join(map(bytes.fromhex, files.values()))
+    known = cache("inspected") / f"{key_of(Path(__file__).parent, Path(path).name, imgsz, files)}.json"
+    if not known.exists():
+        made = json.dumps(_found(path, imgsz))
+        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as file:
+            file.write(made)
+        Path(file.name).rename(known)
+    found = json.loads(known.read_text())
+    input = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
     return YoloInfo(
         path=path,
         task=found["task"],
@@ -81,6 +82,19 @@ def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> 
         files=files,
         sha256=files[Path(path).name] if Path(path).is_file() else hashlib.sha256(digests).hexdigest(),
     )
+
+
+def _found(path: str, imgsz: str) -> dict[str, Any]:
+    """What _describe prints. Raises ModelError."""
+    command = [sys.executable, "-m", "shardsight.models.yolo.info", path, imgsz]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"its process exited with code {done.returncode}"])[-1]
+        raise ModelError(f"{path} cannot be loaded as a YOLO model: {last}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    if "error" in found:
+        raise ModelError(found["error"])
+    return found
 
 
 def _files(path: Path) -> dict[str, Path]:

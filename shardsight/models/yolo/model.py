@@ -13,7 +13,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from shardsight.models.info import ModelDied, ModelError, automatic
+from shardsight.models.info import ModelDied, ModelError, automatic, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
@@ -69,7 +69,8 @@ class Yolo:
         self.threads = threads or os.cpu_count() or 1
         cuda = torch.cuda.is_available()
         self.batch_size = batch_size or (64 if cuda else 16)
-        self.predictor = load(Path(model), imgsz, 0 if cuda else "cpu")
+        self.weights = weights_of(Path(model))
+        self.predictor = load(self.weights, imgsz, 0 if cuda else "cpu")
         self.backend = self.predictor.model
         self.task = str(self.predictor.args.task)
         self.names: dict[int, str] = dict(self.backend.names)
@@ -122,7 +123,7 @@ class Yolo:
         """Compiled on first use: `inspect` does not need it."""
         from shardsight.models.yolo.openvino import Compiled
 
-        return Compiled(self.backend.model, int(self.backend.stride), self.dtype, self.threads)
+        return Compiled(self.backend.model, self.weights, int(self.backend.stride), self.dtype, self.threads)
 
     def __call__(self, pictures: pa.Table | Picture | Sequence[Picture]) -> Any:
         """A table of rows with frames → the same table with `detections` or `classes`, or with `error`.

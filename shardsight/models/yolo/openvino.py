@@ -3,6 +3,9 @@
 It is converted by OpenVINO's frontend, since `openvino.convert_model` sends telemetry.
 """
 
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,34 +14,32 @@ import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+from shardsight.models.info import cache, key_of, sha256_of
+
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Compiled:
     """network: ultralytics' model, fused and in fp32, for letterboxed input; it is switched to export mode.
 
-    stride: of the network; the input's height and width are multiples of it. dtype: of the computation, where the CPU
-    supports it; boxes are decoded in fp32, as OpenVINO keeps it after the last convolution. threads: of the CPU.
+    weights: its file; what is made of it is kept for the next process. stride: of the network; the input's height and
+    width are multiples of it. dtype: of the computation, where the CPU supports it; boxes are decoded in fp32, as
+    OpenVINO keeps it after the last convolution. threads: of the CPU.
     """
 
-    def __init__(self, network: torch.nn.Module, stride: int, dtype: torch.dtype, threads: int) -> None:
-        for module in network.modules():
-            if hasattr(module, "export"):
-                module.export, module.dynamic = True, True
-        example = torch.zeros(2, 3, 3 * stride, 2 * stride)
-        with torch.inference_mode(False), torch.no_grad():
-            traced = torch.jit.trace(network, example, strict=False, check_trace=False)
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(traced, example_input=(example,))  # must outlive the conversion
-        model = frontend.convert(frontend.load(decoder))
-        steps = ov.preprocess.PrePostProcessor(model)
-        steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
-        steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
-        steps.input().model().set_layout(ov.Layout("NCHW"))
+    def __init__(self, network: torch.nn.Module, weights: Path, stride: int, dtype: torch.dtype, threads: int) -> None:
+        core = ov.Core()
+        core.set_property({"CACHE_DIR": str(cache("compiled"))})
+        folder = cache("networks") / key_of(Path(__file__).parent, sha256_of(weights))
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+                _convert(network, stride, Path(made) / "whole" / "network.xml")
+                with suppress(OSError):  # another process was faster
+                    (Path(made) / "whole").rename(folder)
         hints = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "INFERENCE_NUM_THREADS": threads}
         # One picture per thread: threads that share a picture wait for each other, most of all on busy cores.
         hints |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads}
-        self.queue = ov.AsyncInferQueue(ov.Core().compile_model(steps.build(), "CPU", hints), threads)
+        self.queue = ov.AsyncInferQueue(core.compile_model(folder / "network.xml", "CPU", hints), threads)
         self.queue.set_callback(self._keep)
         self.outputs: dict[int, list[np.ndarray]] = {}
 
@@ -53,3 +54,21 @@ class Compiled:
 
     def _keep(self, request: Any, index: int) -> None:
         self.outputs[index] = [output.data.copy() for output in request.output_tensors]
+
+
+def _convert(network: torch.nn.Module, stride: int, path: Path) -> None:
+    """Write the network, for RGB uint8 (n, h, w, 3), as OpenVINO's file."""
+    for module in network.modules():
+        if hasattr(module, "export"):
+            module.export, module.dynamic = True, True
+    example = torch.zeros(2, 3, 3 * stride, 2 * stride)
+    with torch.inference_mode(False), torch.no_grad():
+        traced = torch.jit.trace(network, example, strict=False, check_trace=False)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, example_input=(example,))  # must outlive the model
+    model = frontend.convert(frontend.load(decoder))
+    steps = ov.preprocess.PrePostProcessor(model)
+    steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+    steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
+    steps.input().model().set_layout(ov.Layout("NCHW"))
+    ov.save_model(steps.build(), path, compress_to_fp16=False)
