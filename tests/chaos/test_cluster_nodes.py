@@ -174,7 +174,7 @@ def test_the_drivers_node_dies(whole: Nodes, undisturbed: Undisturbed, kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_little_memory_for_objects(cluster: Nodes, undisturbed: Undisturbed, kind: str) -> None:
-    """What does not fit goes to the disk, of each node its own."""
+    """What does not fit goes to the disk, of each node its own; frames that are tracked stay in their process."""
     expected = undisturbed(kind)
     workers(cluster, "small-a", "small-b", small=True)
     job, spilled = cluster.submit(*KINDS[kind], "--output", f"s3://bucket/{kind}-small"), set[Path]()
@@ -182,7 +182,7 @@ def test_little_memory_for_objects(cluster: Nodes, undisturbed: Undisturbed, kin
         for machine in cluster.workers.values():
             spilled.update(machine.folder.glob("nodes/ray/session_*/ray_spilled_objects*/*"))
         time.sleep(0.1)
-    assert spilled
+    assert spilled or kind == "tracked"
     check(cluster, "80 MB for objects", kind, expected, f"{kind}-small", [job])
 
 
