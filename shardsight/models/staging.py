@@ -2,18 +2,20 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from shardsight.models.info import ModelError, cache
+from shardsight.models.info import ModelError, cache, sha256_of
 from shardsight.row import version_of
 from shardsight.storage import Entry, Storage, StorageError, explain
 
 
-def stage(uri: str, storage: Storage) -> Path:
+def stage(uri: str, storage: Storage, files: Mapping[str, str] | None = None) -> Path:
     """A model's file, or folder, of a store as a local copy, which is fetched once for each version of its objects.
 
-    Safe when several processes start at once: a copy appears whole. Raises ModelError.
+    files: name, or path within the folder → SHA-256, of those that have to be as another node has them. Safe when
+    several processes start at once: a copy appears whole. Raises ModelError.
     """
     uri = uri.rstrip("/")
     try:
@@ -27,7 +29,8 @@ def stage(uri: str, storage: Storage) -> Path:
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 for entry in entries:
-                    _fetch(entry, Path(temporary) / "whole" / name / entry.uri[len(uri) + 1 :], storage)
+                    within = entry.uri[len(uri) + 1 :]
+                    _fetch(entry, Path(temporary) / "whole" / name / within, storage, (files or {}).get(within or name))
                 with suppress(OSError):  # another process was faster
                     (Path(temporary) / "whole").rename(folder)
         return folder / name
@@ -35,9 +38,13 @@ def stage(uri: str, storage: Storage) -> Path:
         raise ModelError(explain(uri, error)) from error
 
 
-def _fetch(entry: Entry, path: Path, storage: Storage) -> None:
+def _fetch(entry: Entry, path: Path, storage: Storage, sha256: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.open(entry.uri) as source, path.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
     if entry.size is not None and path.stat().st_size != entry.size:
         raise ModelError(f"{entry.uri} came with {path.stat().st_size} of {entry.size} bytes: try again")
+    if sha256 and sha256_of(path) != sha256:
+        raise ModelError(
+            f"{entry.uri} is not the file that the job began with: its SHA-256 is another; start the job again"
+        )

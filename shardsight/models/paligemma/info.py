@@ -92,27 +92,36 @@ def locate(model: str, revision: str | None = None) -> str:
 
 
 def inspect(
-    model: str, revision: str | None = None, adapter: str | None = None, storage: Storage | None = None
+    model: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    storage: Storage | None = None,
+    files: dict[str, str] | None = None,
 ) -> PaliGemmaInfo:
     """Read a folder's JSON and the headers of its weights. adapter: folder of a LoRA. Raises ModelError.
 
-    storage: of a model or an adapter in a store, of which a copy is read.
+    storage: of a model or an adapter in a store, of which a copy is read. files: as PaliGemmaInfo has them, which a
+    copy has to be.
     """
-    store = storage or Storage()
-    model = str(stage(model, store)) if is_remote(model) else model
-    adapter = str(stage(adapter, store)) if adapter and is_remote(adapter) else adapter
+    store, files = storage or Storage(), files or {}
+    of_adapter = {
+        name.removeprefix("adapter/"): digest for name, digest in files.items() if name.startswith("adapter/")
+    }
+    model = str(stage(model, store, files)) if is_remote(model) else model
+    adapter = str(stage(adapter, store, of_adapter)) if adapter and is_remote(adapter) else adapter
     folder = locate(model, revision)
     if adapter and not Path(adapter).is_dir():
         raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
-    files = sorted(file for part in (folder, adapter) if part for file in Path(part).iterdir() if file.is_file())
-    return _inspect(folder, adapter, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    found = sorted(file for part in (folder, adapter) if part for file in Path(part).iterdir() if file.is_file())
+    return _inspect(folder, adapter, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
 
 
 def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
     """Of the class PaliGemma."""
     own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
     own |= {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
-    storage = {"storage": settings.storage} if is_remote(info.path) or is_remote(settings.adapter or "") else {}
+    remote = is_remote(info.path) or is_remote(settings.adapter or "")
+    storage = {"storage": settings.storage, "files": info.files} if remote else {}
     return own | {"clip_frames": settings.clip_frames or 1} | storage
 
 

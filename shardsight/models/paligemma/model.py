@@ -57,8 +57,8 @@ class PaliGemma:
     it, else fp32), fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory,
     threads: see Limits. clip_frames: pictures in one prompt, at most; above 1, of a video only rows with a `clip` are
     asked about, all of its frames together. prompt_column: of the rows' `metadata`, with a text or a list of them to
-    ask instead of `prompts`. storage: options of the model's store, as for the job.
-    Raises ModelError, PromptError.
+    ask instead of `prompts`. storage: options of the model's store, as for the job. files: name → SHA-256 that a copy
+    from there has to have. Raises ModelError, PromptError.
     """
 
     def __init__(
@@ -79,11 +79,12 @@ class PaliGemma:
         clip_frames: int = 1,
         prompt_column: str | None = None,
         storage: dict[str, str] | None = None,
+        files: dict[str, str] | None = None,
     ) -> None:
         self.prompt_column = prompt_column
         self.regions, self.route, self.max_tokens, self.clip_frames = regions, route, max_tokens, clip_frames
         self.prompts = [Prompt.of(prompt) for prompt in prompts]
-        self.info = inspect(model, revision, adapter, Storage(storage or {}))
+        self.info = inspect(model, revision, adapter, Storage(storage or {}), files)
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
         automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"

@@ -58,7 +58,7 @@ def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | 
 def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
-    storage = {"storage": settings.storage} if is_remote(info.path) else {}
+    storage = {"storage": settings.storage, "files": info.files} if is_remote(info.path) else {}
     return {"model": info.path} | {name: getattr(settings, name) for name in names} | storage
 
 

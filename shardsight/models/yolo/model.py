@@ -40,7 +40,7 @@ class Yolo:
     on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
     each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. crops: store
     a JPEG of each detection, for which a table's frames must be unscaled. storage: options of the model's store, as for
-    the job. Raises ModelError and UsageError.
+    the job. files: name → SHA-256 that a copy from there has to have. Raises ModelError and UsageError.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class Yolo:
         track_config: dict[str, Any] | None = None,
         crops: bool = False,
         storage: dict[str, str] | None = None,
+        files: dict[str, str] | None = None,
     ) -> None:
         if is_remote(model):
-            model = str(stage(model, Storage(storage or {})))
+            model = str(stage(model, Storage(storage or {}), files))
         if not Path(model).exists():  # ultralytics would try to download it
             raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
         if threads:
