@@ -29,13 +29,14 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a contender become children
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: of the whole command. rate: rows a second, from the moment when the first are done and without them, to
+    """seconds: of the whole command. first: until its first rows are done. rate: rows a second, from the moment when the first are done and without them, to
     the last; None where all come at once. cpu_seconds, peak_mb: of all processes together; each counts its part of the
     memory that they share. others: the share of the machine's CPU time that other work took, also in other
     virtual machines.
     """
 
     seconds: float
+    first: float | None
     rate: float | None
     cpu_seconds: float
     peak_mb: float
@@ -49,19 +50,20 @@ def done(rows: int) -> None:
             file.write(f"{time.time()} {rows}\n")
 
 
-def rate(noted: str) -> float | None:
-    """Rows a second of what `done` noted: beyond the first rows, from their time to the last ones'."""
+def stream(noted: str) -> tuple[float | None, float | None]:
+    """Of what `done` noted: the time of the first rows, and rows a second beyond them, until the last ones' time."""
     marks = sorted((float(at), int(rows)) for at, rows in (line.split() for line in noted.splitlines()))
-    if len(marks) < 2 or marks[-1][0] == marks[0][0]:
-        return None
-    return sum(rows for _, rows in marks[1:]) / (marks[-1][0] - marks[0][0])
+    if not marks:
+        return None, None
+    passed = marks[-1][0] - marks[0][0]
+    return marks[0][0], sum(rows for _, rows in marks[1:]) / passed if passed else None
 
 
 def measure(*command: object) -> Run:
     """Run `python -m` command. Exits where it fails."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
     with tempfile.NamedTemporaryFile("r") as noted, tempfile.TemporaryFile("w+") as said, _Meter() as meter:
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time()
         environment = os.environ | {DONE: noted.name}
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, command)], stdout=said, stderr=said, env=environment
@@ -72,7 +74,8 @@ def measure(*command: object) -> Run:
             said.seek(0)
             sys.exit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
         meter.end()
-        return Run(seconds, rate(noted.read()), meter.cpu_seconds, meter.peak / 2**20, meter.others)
+        first, rate = stream(noted.read())
+        return Run(seconds, first and first - at, rate, meter.cpu_seconds, meter.peak / 2**20, meter.others)
 
 
 class _Meter:
@@ -141,17 +144,19 @@ def contest(
 
 
 def table(runs: Runs, labels: Mapping[str, str], peers: Sequence[str], unit: str, bare: Sequence[str] = ()) -> str:
-    """Medians, as Markdown: seconds of the whole command by size, and of the largest size the rate of the stream, with
-    its ratio to the fastest peer's, round by round (least–most); CPU seconds and memory. bare: contenders that are no
+    """Medians, as Markdown: seconds until the first row of the smallest size, of the whole command by size, and of the
+    largest size the rate of the stream, with its ratio to the fastest peer's, round by round (least–most); CPU seconds
+    and memory. bare: contenders that are no
     whole command."""
     sizes = list(next(iter(runs.values())))
     largest = sizes[-1]
     found = {name: median(one[largest], "rate") for name, one in runs.items()}
     fastest = max((name for name in peers if name in runs), key=lambda name: found[name], default=None)
-    columns = [*(f"{size:,}, s" for size in sizes), f"{unit}/s", "of the fastest peer", "CPU, s", "MB"]
+    columns = ["first row, s", *(f"{size:,}, s" for size in sizes), f"{unit}/s", "of the fastest peer", "CPU, s", "MB"]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, one in runs.items():
-        whole = ["" if name in bare else f"{median(one[size], 'seconds'):.1f}" for size in sizes]
+        waited = [median(one[sizes[0]], "first"), *(median(one[size], "seconds") for size in sizes)]
+        whole = ["" if name in bare else f"{seconds:.1f}" for seconds in waited]
         against = _against(one[largest], runs[fastest][largest]) if fastest else ""
         cost = ["", ""] if name in bare else [f"{median(one[largest], key):,.0f}" for key in ("cpu_seconds", "peak_mb")]
         lines.append("| " + " | ".join([labels[name], *whole, f"{found[name]:.1f}", against, *cost]) + " |")

@@ -64,30 +64,31 @@ def test_clips_move(tmp_path: Path) -> None:
 
 def test_the_rate_of_a_stream() -> None:
     """Beyond the first rows, in whatever order processes note theirs."""
-    assert measuring.rate("12.0 16\n10.0 16\n14.0 8\n") == pytest.approx(24 / 4)
-    assert measuring.rate("") is measuring.rate("10.0 16\n") is measuring.rate("10.0 16\n10.0 1\n") is None
+    assert measuring.stream("12.0 16\n10.0 16\n14.0 8\n") == (10.0, pytest.approx(24 / 4))
+    assert measuring.stream("") == (None, None)
+    assert measuring.stream("10.0 16\n") == measuring.stream("10.0 16\n10.0 1\n") == (10.0, None)
 
 
 def test_a_contender_is_measured_with_all_of_its_processes() -> None:
     """Also one that it leaves behind; and a failure is told."""
     run = measuring.measure("tests.contender", 200)
-    assert run.rate and run.seconds < 30
+    assert run.rate and run.first and 0 < run.first < run.seconds < 30
     assert run.peak_mb > 2 * 200 and run.cpu_seconds > 2  # its own, and the orphan's
     with pytest.raises(SystemExit, match=r"tests\.contender what failed:[^$]*ValueError"):
         measuring.measure("tests.contender", "what")
 
 
 def _runs(*rates: float, others: float = 0.0) -> dict[int, list[Run]]:
-    return {size: [Run(100 / rate, rate, 10, 1000, others) for rate in rates] for size in (16, 400)}
+    return {size: [Run(100 / rate, 3.14, rate, 10, 1000, others) for rate in rates] for size in (16, 400)}
 
 
 def test_a_table_compares_round_by_round() -> None:
     """Ours is twice as fast in each round, however much the machine changes between them."""
     runs = {"ours": _runs(20, 100, 40), "slow": _runs(2, 10, 4), "peer": _runs(10, 50, 20), "bare": _runs(99, 99, 99)}
     lines = measuring.table(runs, {name: name for name in runs}, ["slow", "peer"], "rows", ["bare"]).splitlines()
-    assert lines[0] == "| | 16, s | 400, s | rows/s | of the fastest peer | CPU, s | MB |"
-    assert lines[2] == "| ours | 2.5 | 2.5 | 40.0 | 2.00× (2.00–2.00) | 10 | 1,000 |"
-    assert lines[5].startswith("| bare |  |  | 99.0 | 4.95× (1.98–9.90) |  |")
+    assert lines[0] == "| | first row, s | 16, s | 400, s | rows/s | of the fastest peer | CPU, s | MB |"
+    assert lines[2] == "| ours | 3.1 | 2.5 | 2.5 | 40.0 | 2.00× (2.00–2.00) | 10 | 1,000 |"
+    assert lines[5].startswith("| bare |  |  |  | 99.0 | 4.95× (1.98–9.90) |  |")
 
 
 def test_noise_is_told() -> None:
