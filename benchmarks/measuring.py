@@ -29,10 +29,10 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a contender become children
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: of the whole command. first: until its first rows are done. rate: rows a second, from the moment when the first are done and without them, to
-    the last; None where all come at once. cpu_seconds, peak_mb: of all processes together; each counts its part of the
-    memory that they share. others: the share of the machine's CPU time that other work took, also in other
-    virtual machines.
+    """seconds: of the whole command. first: until its first rows are done. rate: rows a second, from the moment when
+    the first are done and without them, to the last; None where all come at once. cpu_seconds, peak_mb: of all
+    processes together; each counts its part of the memory that they share. others: the share of the machine's CPU time
+    that other work took, also in other virtual machines.
     """
 
     seconds: float
