@@ -60,7 +60,8 @@ def stream(noted: str) -> tuple[float | None, float | None]:
 
 
 def measure(*command: object) -> Run:
-    """Run `python -m` command. Exits where it fails."""
+    """Run `python -m` command. Exits where it fails. This process may have no other children: all of them are measured,
+    and ended."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
     with tempfile.NamedTemporaryFile("r") as noted, tempfile.TemporaryFile("w+") as said, _Meter() as meter:
         began, at = time.perf_counter(), time.time()

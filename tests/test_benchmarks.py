@@ -1,6 +1,8 @@
 """What the benchmarks compute themselves, so that what they say of ours and of the peers is the same thing."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ from demo.score import tracks_of
 from shardsight.decode.frames import Load
 from shardsight.models.yolo.model import Yolo
 from shardsight.row import ROW, Failure, frame_columns
+from tests.conftest import ROOT
 
 
 def test_tracks_of_a_job(tmp_path: Path) -> None:
@@ -70,12 +73,17 @@ def test_the_rate_of_a_stream() -> None:
 
 
 def test_a_contender_is_measured_with_all_of_its_processes() -> None:
-    """Also one that it leaves behind; and a failure is told."""
-    run = measuring.measure("tests.contender", 200)
+    """Also one that it leaves behind; and a failure is told. By another process, all of whose children are ended."""
+
+    def measured(argument: str) -> subprocess.CompletedProcess[str]:
+        code = f"from benchmarks.measuring import measure; print(measure('tests.contender', '{argument}'))"
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    run = eval(measured("200").stdout, {"Run": Run})
     assert run.rate and run.first and 0 < run.first < run.seconds < 30
     assert run.peak_mb > 2 * 200 and run.cpu_seconds > 2  # its own, and the orphan's
-    with pytest.raises(SystemExit, match=r"tests\.contender what failed:[^$]*ValueError"):
-        measuring.measure("tests.contender", "what")
+    failed = measured("what")
+    assert failed.returncode == 1 and "tests.contender what failed:" in failed.stderr and "ValueError" in failed.stderr
 
 
 def _runs(*rates: float, others: float = 0.0) -> dict[int, list[Run]]:
