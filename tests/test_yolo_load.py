@@ -255,7 +255,7 @@ def test_a_model_is_inspected_and_converted_once(tmp_path: Path, monkeypatch: py
     def never(*_: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(info, "_found", never)
+    monkeypatch.setattr(info, "_describe_into", never)
     monkeypatch.setattr(openvino_network, "_convert", never)
     info._inspect.cache_clear()
     assert inspect(str(model)) == info_made

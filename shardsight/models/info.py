@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,20 @@ def cache(kind: str) -> Path:
         raise ModelError(f"{whole} belongs to another user: remove it, or set TMPDIR to a folder of yours")
     (whole / kind).mkdir(exist_ok=True)
     return whole / kind
+
+
+def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that key in the cache, which `make` fills where it is missing. Safe when several processes start at
+    once: it appears whole. Raises ModelError, and what `make` raises."""
+    folder = cache(kind) / key
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            whole = Path(temporary) / "whole"
+            whole.mkdir()
+            make(whole)
+            with suppress(OSError):  # another process was faster
+                whole.rename(folder)
+    return folder
 
 
 def key_of(folder: Path, *made_of: Any) -> str:

@@ -1,12 +1,10 @@
 """Models that lie in object storage, as local copies."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
-from shardsight.models.info import ModelError, cache, sha256_of
+from shardsight.models.info import ModelError, made_once, sha256_of
 from shardsight.row import version_of
 from shardsight.storage import Entry, Storage, StorageError, explain
 
@@ -24,16 +22,14 @@ def stage(uri: str, storage: Storage, files: Mapping[str, str] | None = None) ->
         if not entries:
             raise ModelError(f"there is no model at {uri}: check the name; nothing is downloaded from elsewhere")
         version = version_of(uri, *(f"{entry.uri} {entry.version}" for entry in entries))
-        folder = cache("models") / version
         name = uri.rpartition("/")[2]
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                for entry in entries:
-                    within = entry.uri[len(uri) + 1 :]
-                    _fetch(entry, Path(temporary) / "whole" / name / within, storage, (files or {}).get(within or name))
-                with suppress(OSError):  # another process was faster
-                    (Path(temporary) / "whole").rename(folder)
-        return folder / name
+
+        def fetch(folder: Path) -> None:
+            for entry in entries:
+                within = entry.uri[len(uri) + 1 :]
+                _fetch(entry, folder / name / within, storage, (files or {}).get(within or name))
+
+        return made_once("models", version, fetch) / name
     except (OSError, ValueError, StorageError) as error:
         raise ModelError(explain(uri, error)) from error
 

@@ -9,18 +9,18 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError, cache, key_of, sha256_of, weights_of
+from shardsight.models.info import ModelError, key_of, made_once, sha256_of, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 from shardsight.storage import Storage, is_remote
 
+_FOUND = "found.json"  # what is kept of an inspected model
 # Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
 _COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
 
@@ -66,13 +66,9 @@ def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
 def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> YoloInfo:
     files = {name: sha256_of(file) for name, file in _files(Path(path)).items()}
     digests = b"".join(map(bytes.fromhex, files.values()))
-    known = cache("inspected") / f"{key_of(Path(__file__).parent, Path(path).name, imgsz, files)}.json"
-    if not known.exists():
-        made = json.dumps(_found(path, imgsz))
-        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as file:
-            file.write(made)
-        Path(file.name).rename(known)
-    found = json.loads(known.read_text())
+    key = key_of(Path(__file__).parent, Path(path).name, imgsz, files)
+    known = made_once("inspected", key, lambda folder: _describe_into(folder / _FOUND, path, imgsz))
+    found = json.loads((known / _FOUND).read_text())
     input = found["input"] | {"imgsz": tuple(found["input"]["imgsz"])}
     return YoloInfo(
         path=path,
@@ -84,17 +80,16 @@ def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> 
     )
 
 
-def _found(path: str, imgsz: str) -> dict[str, Any]:
-    """What _describe prints. Raises ModelError."""
+def _describe_into(file: Path, path: str, imgsz: str) -> None:
+    """Write what _describe prints. Raises ModelError."""
     command = [sys.executable, "-m", "shardsight.models.yolo.info", path, imgsz]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"its process exited with code {done.returncode}"])[-1]
         raise ModelError(f"{path} cannot be loaded as a YOLO model: {last}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    if "error" in found:
-        raise ModelError(found["error"])
-    return found
+    if error := json.loads(done.stdout).get("error"):
+        raise ModelError(error)
+    file.write_text(done.stdout)
 
 
 def _files(path: Path) -> dict[str, Path]:

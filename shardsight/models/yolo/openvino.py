@@ -3,8 +3,6 @@
 It is converted by OpenVINO's frontend, since `openvino.convert_model` sends telemetry.
 """
 
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-from shardsight.models.info import cache, key_of, sha256_of
+from shardsight.models.info import cache, key_of, made_once, sha256_of
 
+_NETWORK = "network.xml"
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -30,16 +29,12 @@ class Compiled:
     def __init__(self, network: torch.nn.Module, weights: Path, stride: int, dtype: torch.dtype, threads: int) -> None:
         core = ov.Core()
         core.set_property({"CACHE_DIR": str(cache("compiled"))})
-        folder = cache("networks") / key_of(Path(__file__).parent, sha256_of(weights))
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-                _convert(network, stride, Path(made) / "whole" / "network.xml")
-                with suppress(OSError):  # another process was faster
-                    (Path(made) / "whole").rename(folder)
+        key = key_of(Path(__file__).parent, sha256_of(weights))
+        folder = made_once("networks", key, lambda folder: _convert(network, stride, folder / _NETWORK))
         hints = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "INFERENCE_NUM_THREADS": threads}
         # One picture per thread: threads that share a picture wait for each other, most of all on busy cores.
         hints |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads}
-        self.queue = ov.AsyncInferQueue(core.compile_model(folder / "network.xml", "CPU", hints), threads)
+        self.queue = ov.AsyncInferQueue(core.compile_model(folder / _NETWORK, "CPU", hints), threads)
         self.queue.set_callback(self._keep)
         self.outputs: dict[int, list[np.ndarray]] = {}
 
