@@ -71,10 +71,10 @@ def measure(*command: object) -> Run:
         )
         code = process.wait()
         seconds = time.perf_counter() - began
+        meter.end()
         if code:
             said.seek(0)
             sys.exit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
-        meter.end()
         first, rate = stream(noted.read())
         return Run(seconds, first and first - at, rate, meter.cpu_seconds, meter.peak / 2**20, meter.others)
 
@@ -90,6 +90,9 @@ class _Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self.over.set()
         self.thread.join()
 
@@ -112,8 +115,7 @@ class _Meter:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive)
-        self.over.set()
-        self.thread.join()
+        self._stop()
         own, times, before = psutil.Process().cpu_times(), psutil.cpu_times(), self.before
         self.cpu_seconds = sum(self.cpu.values())
         idle = sum(getattr(times, name) - getattr(before, name) for name in ("idle", "iowait"))
@@ -147,8 +149,7 @@ def contest(
 def table(runs: Runs, labels: Mapping[str, str], peers: Sequence[str], unit: str, bare: Sequence[str] = ()) -> str:
     """Medians, as Markdown: seconds until the first row of the smallest size, of the whole command by size, and of the
     largest size the rate of the stream, with its ratio to the fastest peer's, round by round (least–most); CPU seconds
-    and memory. bare: contenders that are no
-    whole command."""
+    and memory. bare: contenders that are no whole command."""
     sizes = list(next(iter(runs.values())))
     largest = sizes[-1]
     found = {name: median(one[largest], "rate") for name, one in runs.items()}
