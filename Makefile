@@ -48,11 +48,11 @@ browser: install
 
 # The long proofs: processes killed at random moments, a faulty store, large inputs.
 chaos: install
-	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/chaos tests/test_isolate.py tests/test_cluster.py --ignore tests/chaos/test_cluster_nodes.py --ignore tests/chaos/test_service_nodes.py
+	$(BIN)/python -m pytest -m slow -s --timeout 3600 tests/chaos tests/test_isolate.py tests/test_cluster.py --ignore-glob '*_nodes.py'
 
 # A cluster of network namespaces whose machines die, are cut off and come: an hour. Root; Debian: apt-get install iproute2.
 cluster: install
-	$(BIN)/python -m pytest -m slow -s --timeout 1800 tests/chaos/test_cluster_nodes.py tests/chaos/test_service_nodes.py tests/test_autoscaling.py
+	$(BIN)/python -m pytest -m slow -s --timeout 1800 tests/chaos/test_*_nodes.py tests/test_autoscaling.py
 
 # What the defaults cost: 500 scenes, in bf16 and decoded small, against fp32 and decoded in full.
 accuracy: install

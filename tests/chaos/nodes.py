@@ -6,11 +6,12 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.service import within
 from tests.conftest import BIN, ROOT, S3_KEY, S3_SECRET
 from tests.namespaces import Machine, Network, network
 
@@ -127,10 +128,3 @@ def nodes(folder: Path, **environment: str) -> Iterator[Nodes]:
     """environment: of Ray's processes on all machines."""
     with network(folder) as net:
         yield Nodes(net, environment)
-
-
-def within(seconds: float, true: Callable[[], Any], otherwise: Callable[[], Any] = str) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, otherwise()
-        time.sleep(0.2)

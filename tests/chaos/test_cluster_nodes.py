@@ -19,7 +19,8 @@ from demo.clips import write_clips
 from demo.scenes import scenes
 from demo.writers import write
 from shardsight.job import load_results
-from tests.chaos.nodes import Nodes, Submitted, nodes, within
+from tests.chaos.nodes import Nodes, Submitted, nodes
+from tests.chaos.service import within
 from tests.conftest import WEIGHTS, job_of
 from tests.namespaces import lacking
 
