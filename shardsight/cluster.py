@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from shardsight.errors import UsageError
@@ -32,7 +32,7 @@ def join(verbose: bool = False) -> bool:
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray logs each of its retries otherwise
     try:
-        with nullcontext() if verbose else _silent():
+        with nullcontext() if verbose else _silent(), _lean(address, verbose):
             ray.init(
                 address,
                 logging_level=logging.INFO if verbose else logging.ERROR,
@@ -59,6 +59,42 @@ def _credentials() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and name not in submitted.get("env_vars", {})
     }
+
+
+def _lean(address: str, verbose: bool) -> AbstractContextManager[None]:
+    """Start a Ray of this process without what only clusters, and people who watch them, use: its dashboard, for which
+    `ray.init` waits a second, and the monitors that start nodes and fetch workers' logs. Without them it takes 2.5
+    seconds less to begin and end (2 cores, ray 2.60), and sends no telemetry, which is the dashboard's."""
+    if address != "local":
+        return nullcontext()
+    from ray._private.node import Node
+
+    logs = () if verbose else ("start_log_monitor",)
+    return _left_out(Node, "start_api_server", "start_monitor", *logs)
+
+
+def without_statistics() -> AbstractContextManager[None]:
+    """Execute datasets without the actor in which Ray Data collects what its dashboard shows, where there is none."""
+    from ray.data._internal.stats import _StatsManager
+
+    if not _started:
+        return nullcontext()
+    return _left_out(
+        _StatsManager, "register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics"
+    )
+
+
+@contextmanager
+def _left_out(owner: type, *names: str) -> Iterator[None]:
+    """Meanwhile these methods do nothing, of which Ray has no setting."""
+    kept = {name: vars(owner)[name] for name in names}
+    for name in names:
+        setattr(owner, name, staticmethod(lambda *_, **__: None))
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(owner, name, method)
 
 
 @contextmanager

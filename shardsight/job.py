@@ -286,7 +286,8 @@ class _Run:
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
-        with isolate.only_deaths(), nullcontext() if alone else self.watch.watching(stages):
+        watched = nullcontext() if alone else self.watch.watching(stages)
+        with isolate.only_deaths(), cluster.without_statistics(), watched:
             labels = stages[0].labels
             for count, finished in writing.run(rows, self.results, settings.rows_per_file, self._waited, labels):
                 for written in finished:

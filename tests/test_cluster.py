@@ -34,6 +34,17 @@ ray.get(taken.ready.remote())
 print("taken", flush=True)
 sys.stdin.read()
 """
+PRIVATE = """
+import sys, psutil, ray, shardsight
+from ray._private.node import Node
+from ray.data._internal.stats import _StatsManager
+before = vars(Node)["start_api_server"], vars(_StatsManager)["update_execution_metrics"]
+shardsight.annotate(sys.argv[1], output=sys.argv[2], yolo=sys.argv[3])
+for process in psutil.Process().children(recursive=True):
+    print(*process.cmdline())
+print(*ray.util.list_named_actors(all_namespaces=True))
+print(before == (vars(Node)["start_api_server"], vars(_StatsManager)["update_execution_metrics"]))
+"""
 CLUSTERS = {file: yaml.safe_load((ROOT / file).read_text()) for file in ("cluster.yaml", "cluster-gcp.yaml")}
 
 
@@ -125,6 +136,18 @@ def test_a_machine_that_never_ran_ray(tmp_path: Path, monkeypatch: pytest.Monkey
         living_cluster()
 
 
+def test_a_ray_of_ones_own_starts_what_a_job_needs(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
+    """A dashboard that nobody sees, and what serves it, would take two of the seconds until the first row."""
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    process = start_python(PRIVATE, str(tmp_path / "a.jpg"), str(tmp_path / "out"), str(detector), address="local")
+    *processes, actors, restored, _ = process.communicate(timeout=120)[0].split("\n")
+    started = " ".join(processes)
+    assert "raylet" in started and "gcs_server" in started
+    assert not re.search(r"dashboard/dashboard\.py|monitor\.py", started)
+    assert "AutoscalingCoordinator" in actors and "stats" not in actors  # the first shows that they are listed
+    assert restored == "True"
+
+
 def test_credentials_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray gives the workers those in its runtime environment, and refuses a driver that gives them again."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the job")
@@ -158,9 +181,11 @@ def test_actors_leave_a_cpu_to_reading(monkeypatch: pytest.MonkeyPatch, free: fl
     assert stage.cpus == each
 
 
-def start_python(program: str, *arguments: str) -> subprocess.Popen[str]:
+def start_python(program: str, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:
+    """address: of the Ray that it uses."""
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
