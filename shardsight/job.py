@@ -21,6 +21,7 @@ from shardsight.errors import Fault, UsageError
 from shardsight.models import selection
 from shardsight.models.selection import ModelInfos
 from shardsight.models.yolo.info import YoloInfo
+from shardsight.models.yolo.int8 import Int8
 from shardsight.results.coverage import Coverage
 from shardsight.results.writer import Results
 from shardsight.row import STAGES
@@ -147,6 +148,7 @@ class _Run:
     before: int = 0  # rows
     content: dict[str, Any] = field(default_factory=dict)
     blocked: float = 0.0  # seconds in which the flow waited for results to be written
+    int8: Int8 | None = None
     stages: dict[str, Counter[str]] = field(default_factory=lambda: {stage: Counter() for stage in (*STAGES, "write")})
     watch: Any = None  # of watching.Watch, once there was a pass
 
@@ -167,6 +169,7 @@ class _Run:
             raise StorageError(explain(self.results.out, error)) from error
         with self.results.locked() as self.results:
             self.done = self._earlier()
+            self.int8 = self._calibrated()
             with self._recorded():
                 self._drop_changed()
                 self._drop_cut_off()
@@ -184,6 +187,21 @@ class _Run:
         if self.settings.retry_errors:
             self.results.drop_errors()
         return self.results.done()
+
+    def _calibrated(self) -> Int8 | None:
+        """For --precision int8 of weights, the network that computes: what an earlier run has left in the output, as
+        all rows are to come from one, or a new one. Raises ModelError, UsageError."""
+        yolo = self.models.get("yolo")
+        if self.settings.precision != "int8" or not isinstance(yolo, YoloInfo) or yolo.is_export:
+            return None
+        before = (self.results.job() or {}).get("models", {}).get("yolo", {}).get("int8")
+        if before:
+            return Int8(self.results.network(before["sha256"]), before)
+        if self.watcher:
+            self.watcher.wait("calibrating int8 on some of the pictures, and checking it on others")
+        made = selection.calibrate(self.models, self.settings, self.listing, self.storage)
+        self.results.keep_network(made.network)
+        return made
 
     def _drop_changed(self) -> None:
         """Drop the rows of inputs that have changed since they were annotated, so that they are annotated again."""
@@ -210,6 +228,7 @@ class _Run:
             "models": {
                 name: {"path": model.path, "sha256": model.sha256, "files": model.files}
                 | ({"names": model.names} if isinstance(model, YoloInfo) else {})
+                | ({"int8": self.int8.found} if name == "yolo" and self.int8 else {})
                 for name, model in self.models.items()
             },
         }
@@ -278,9 +297,10 @@ class _Run:
         dead = cluster.dead()
         load = selection.loader(self.models, settings, self.storage)
         wanted = {"yolo": settings.yolo_actors, "paligemma": settings.paligemma_actors}
-        stages = actors.plan(
-            selection.arguments(self.models, settings), wanted, settings.gpus_per_actor, settings.label_selector or None
-        )
+        arguments = selection.arguments(self.models, settings)
+        if self.int8:
+            arguments["yolo"]["network"] = self.int8.network
+        stages = actors.plan(arguments, wanted, settings.gpus_per_actor, settings.label_selector or None)
         rows = pipeline.flow(units, load, stages, alone)
         self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)

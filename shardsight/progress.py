@@ -104,6 +104,11 @@ def summary(job: dict[str, Any], where: str, console: Console) -> None:
         table.add_row("changed", f"{job['changed_rows']:,} rows of inputs that changed since were made anew")
     table.add_row("seconds", f"{job['seconds']:,.1f}")
     table.add_row("rows/s", f"{job['rows_per_second']:,.1f}")
+    if int8 := job["models"].get("yolo", {}).get("int8"):
+        said = (
+            f"agrees with fp32 on {int8['agreement']:.1%} of {int8['objects']:,} objects in {int8['checked']} pictures"
+        )
+        table.add_row("int8", said)
     if job["bottleneck"]:
         table.add_row("bottleneck", job["advice"])
     table.add_row("exactly once", "yes" if job["exactly_once"] else "no")

@@ -280,9 +280,6 @@ def test_in_and_from_a_store(annotate: Any, s3: S3, jpegs: list[bytes], tmp_path
         tmp_path / "one.jpg", "--output", tmp_path / "no", "--yolo", "s3://models/no.pt", *s3.options()
     )
     assert code == 2 and "there is no model at s3://models/no.pt" in said
-    flags = ["--yolo", DETECTOR, "--precision", "int8"]
-    code, said = annotate(tmp_path / "one.jpg", "--output", tmp_path / "no", *flags)
-    assert code == 2 and "--precision int8 takes calibrated weights: give --yolo what jobs.export " in said
 
 
 def test_exports_that_are_damaged(small: Path, tmp_path: Path) -> None:

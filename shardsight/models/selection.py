@@ -10,9 +10,12 @@ from shardsight.models.paligemma import info as paligemma
 from shardsight.models.paligemma.info import PaliGemmaInfo
 from shardsight.models.paligemma.routing import Route
 from shardsight.models.yolo import info as yolo
+from shardsight.models.yolo import int8
 from shardsight.models.yolo.info import YoloInfo
+from shardsight.models.yolo.int8 import Int8
 from shardsight.models.yolo.trackers import needs_pixels, tracker_settings
 from shardsight.settings import Models, Settings
+from shardsight.sources import Listing
 from shardsight.storage import Storage, is_remote
 
 ModelInfos = dict[str, YoloInfo | PaliGemmaInfo]  # by name: `yolo`, `paligemma`, `paligemma 448`
@@ -26,7 +29,7 @@ def inspect(settings: Models) -> ModelInfos:
         if (settings.track or _crops(settings)) and info.task == "classify":
             flag = "--track" if settings.track else "--crops"
             raise UsageError(f"{flag}: {info.path} is a classifier, which finds no boxes: give another model")
-        if settings.precision == "int8" and info.path.endswith(".pt"):
+        if settings.precision == "int8" and not (info.is_export or isinstance(settings, Settings)):
             command = f"jobs.export {info.path} --format openvino --precision int8 --data PICTURES --output DIR"
             raise UsageError(f"--precision int8 takes calibrated weights: give --yolo what {command} writes")
     resolutions: dict[int, PaliGemmaInfo] = {}
@@ -68,6 +71,14 @@ def arguments(models: ModelInfos, settings: Models) -> dict[str, dict[str, Any]]
         if len(sizes) > 1:
             found[name]["route"] = Route(sizes, model.input.size, settings.small_box, settings.lost_detail)
     return found
+
+
+def calibrate(models: ModelInfos, settings: Settings, listing: Listing, storage: Storage) -> Int8:
+    """The YOLO in int8, by pictures of the inputs. Raises ModelError."""
+    info = models["yolo"]
+    assert isinstance(info, YoloInfo)
+    load = replace(loader(models, settings, storage), clips=None, keep_images=False)
+    return int8.calibrate(info, settings, listing.sample(int8.SAMPLE), load)
 
 
 def _crops(settings: Models) -> bool:

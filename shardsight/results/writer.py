@@ -22,6 +22,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+from shardsight.errors import UsageError
 from shardsight.results.coverage import Coverage, Hashes, among, hashes
 from shardsight.results.lock import Claim, lock
 from shardsight.row import PLACE, ROW, STAGES
@@ -181,12 +182,36 @@ class Results:
         return ds.dataset([path.partition("://")[2] for path in paths], ROW, filesystem=filesystem, format="parquet")
 
     def clear(self) -> None:
-        """Remove the results and job.json."""
+        """Remove the results, job.json and what goes with it."""
         self._check()
         for path in self._paths():
             self.storage.remove(path)
-        with suppress(FileNotFoundError):
-            self.storage.remove(self.job_file)
+        for path in (self.job_file, *self._networks):
+            with suppress(FileNotFoundError):
+                self.storage.remove(path)
+
+    @property
+    def _networks(self) -> list[str]:
+        return [f"{self.out.rstrip('/')}/int8.{ending}" for ending in ("xml", "bin")]
+
+    def keep_network(self, content: tuple[bytes, bytes]) -> None:
+        """Keep the network in int8 that computes the job, in OpenVINO's format: its .xml and its .bin."""
+        self._check()
+        for path, data in zip(self._networks, content, strict=True):
+            self.storage.write(path, data)
+
+    def network(self, sha256: str) -> tuple[bytes, bytes]:
+        """What `keep_network` kept. Raises UsageError where it is not that any more."""
+        try:
+            xml, weights = map(self.storage.read, self._networks)
+        except FileNotFoundError:
+            xml = weights = b""
+        if hashlib.sha256(xml + weights).hexdigest() != sha256:
+            raise UsageError(
+                f"{' and '.join(self._networks)} are not the network that this job began with: bring them back, or "
+                "--overwrite the job"
+            )
+        return xml, weights
 
     def prepare(self) -> None:
         """Create the folder of an output on a disk."""

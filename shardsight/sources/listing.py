@@ -106,6 +106,20 @@ class Listing:
             names, known = zip(*group, strict=True)
             yield Unit("files", files=names, versions=known)
 
+    def sample(self, count: int) -> list[Unit]:
+        """At most `count` units, evenly spread over the inputs: half of them loose files, one each, and half others,
+        where there are both."""
+        self.check()
+        units = list(self._units.values())
+        half = -(-count // 2) if units and len(self.files) else count
+        chosen = [units[index] for index in _spread(len(units), half)]
+        which = np.zeros(len(self.files), bool)
+        which[_spread(len(which), half)] = True
+        parts = np.split(which, np.cumsum([len(page.hashes) for page in self._pages])[:-1]) if self._pages else []
+        for page, part in zip(self._pages, parts, strict=True):
+            chosen += [Unit("files", files=(name,), versions=(version,)) for name, version in page.select(part)]
+        return chosen
+
     def _add(self, batch: list[Entry], remaining: int | None) -> int | None:
         """Add the entries that are new, of at most `remaining` records; returns how many then remain."""
         loose = [entry for entry in batch if _kind(entry.uri) == "files"]
@@ -214,6 +228,11 @@ class Listing:
                 yield from self._found([self.storage.info(match)], fixed)
             elif not uri.endswith("**"):  # which matches the files in it, too
                 yield from self._found(self.storage.walk(match, hidden=True), fixed)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted), dtype=int)).tolist()
 
 
 def _kind(uri: str) -> str:

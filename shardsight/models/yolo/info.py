@@ -20,6 +20,8 @@ from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 from shardsight.storage import Storage, is_remote
 
+FILES = ("network.xml", "network.bin")  # of a network in OpenVINO's format
+Network = tuple[bytes, bytes]  # their content
 _FOUND = "found.json"  # what is kept of an inspected model
 # Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
 _COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
@@ -39,6 +41,11 @@ class YoloInfo:
     input: Letterbox | CentreCrop
     files: dict[str, str]
     sha256: str
+
+    @property
+    def is_export(self) -> bool:
+        """Whether it is anything else than weights, a .pt file."""
+        return not all(name.endswith(".pt") for name in self.files)
 
 
 def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | None = None) -> YoloInfo:

@@ -1,6 +1,7 @@
 """How a picture of any size becomes YOLO's input, pixel for pixel as in ultralytics."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -55,6 +56,14 @@ class Letterbox:
         if frame.shape[1] <= inner[0] and frame.shape[0] <= inner[1]:
             return frame
         return cv2.resize(frame, inner, interpolation=cv2.INTER_LINEAR)
+
+    def canvas(self, frames: Sequence[np.ndarray], placements: Sequence[Placement]) -> np.ndarray:
+        """RGB uint8 frames (h, w, 3) of any scale, with the same `outer` → uint8 (n, outer height, outer width, 3)."""
+        width, height = placements[0].outer
+        canvas = np.empty((len(frames), height, width, 3), np.uint8)
+        for frame, placed, slot in zip(frames, placements, canvas, strict=True):
+            self.draw(frame, placed, slot)
+        return canvas
 
     def draw(self, frame: np.ndarray, placed: Placement, canvas: np.ndarray) -> None:
         """Draw `frame`, RGB uint8 (h, w, 3) of any scale, on `canvas`, uint8 (outer height, outer width, 3)."""

@@ -16,6 +16,7 @@ from PIL import Image
 from shardsight.models.info import ModelDied, ModelError, automatic, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
+from shardsight.models.yolo.info import Network
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
@@ -36,11 +37,12 @@ class Yolo:
     model: path or uri of a .pt file or an export. conf, iou, max_det, classes, imgsz: as in ultralytics; imgsz defaults
     to the model's own. multi_label: a box is a detection for each of its classes above conf, as in ultralytics' `val`,
     not only for the best, as in `predict`; exports with NMS inside, and end-to-end networks, decide this themselves.
-    precision: auto, fp32, bf16 or fp16. batch_size: pictures per call of the network; by default 64
+    precision: auto, fp32, bf16, fp16 or int8. batch_size: pictures per call of the network; by default 64
     on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
     each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. crops: store
     a JPEG of each detection, for which a table's frames must be unscaled. storage: options of the model's store, as for
-    the job. files: name → SHA-256 that a copy from there has to have. Raises ModelError and UsageError.
+    the job. files: name → SHA-256 that a copy from there has to have. network: for precision int8, of these weights, as
+    int8.py makes it. Raises ModelError and UsageError.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Yolo:
         crops: bool = False,
         storage: dict[str, str] | None = None,
         files: dict[str, str] | None = None,
+        network: Network | None = None,
     ) -> None:
         if is_remote(model):
             model = str(stage(model, Storage(storage or {}), files))
@@ -85,6 +88,12 @@ class Yolo:
         self.set_thresholds(conf, iou, max_det, classes)
         self.multi_label = multi_label
         self.crops = crops
+        self.network = network
+        if precision == "int8" and native and not (network and self.compiles):
+            raise ModelError(
+                f"{model} computes in int8 where a job's --precision int8 has calibrated it, on a CPU; elsewhere give "
+                "what jobs.export --precision int8 writes"
+            )
         self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
         self.tracking = self.tracker(track, track_config) if track else None
         self.stopwatch = Stopwatch()
@@ -122,9 +131,15 @@ class Yolo:
     @functools.cached_property
     def compiled(self) -> "Compiled":
         """Compiled on first use: `inspect` does not need it."""
-        from shardsight.models.yolo.openvino import Compiled
+        from shardsight.models.yolo.openvino import Compiled, stored
 
-        return Compiled(self.backend.model, self.weights, int(self.backend.stride), self.dtype, self.threads)
+        return Compiled(stored(self.network) if self.network else self.converted(), self.dtype, self.threads)
+
+    def converted(self) -> Path:
+        """The network as OpenVINO's file, where it `compiles`."""
+        from shardsight.models.yolo.openvino import converted
+
+        return converted(self.backend.model, self.weights, int(self.backend.stride))
 
     def __call__(self, pictures: pa.Table | Picture | Sequence[Picture]) -> Any:
         """A table of rows with frames → the same table with `detections` or `classes`, or with `error`.
@@ -192,10 +207,7 @@ class Yolo:
             if isinstance(self.input, CentreCrop):
                 batch = torch.stack([self.predictor.transforms(Image.fromarray(frame)) for frame in frames])
             else:
-                width, height = placements[0].outer
-                canvas = np.empty((len(frames), height, width, 3), np.uint8)
-                for frame, placed, slot in zip(frames, placements, canvas, strict=True):
-                    self.input.draw(frame, placed, slot)
+                canvas = self.input.canvas(frames, placements)
                 # No copy: (n, h, w, 3) in memory is (n, 3, h, w) in the format channels_last.
                 batch = torch.from_numpy(canvas).permute(0, 3, 1, 2)
             if self.compiles:
@@ -228,5 +240,5 @@ def _cut_out(table: pa.Table, found: list[Found | None], errors: list[dict[str, 
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:
-    chosen = automatic(cuda) if precision == "auto" else precision
+    chosen = automatic(cuda) if precision in ("auto", "int8") else precision  # of what stays beside int8
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]

@@ -3,6 +3,8 @@
 It is converted by OpenVINO's frontend, since `openvino.convert_model` sends telemetry.
 """
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,23 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from shardsight.models.info import cache, key_of, made_once, sha256_of
+from shardsight.models.yolo.info import FILES, Network
 
-_NETWORK = "network.xml"
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Compiled:
-    """network: ultralytics' model, fused and in fp32, for letterboxed input; it is switched to export mode.
-
-    weights: its file; what is made of it is kept for the next process. stride: of the network; the input's height and
-    width are multiples of it. dtype: of the computation, where the CPU supports it; boxes are decoded in fp32, as
-    OpenVINO keeps it after the last convolution. threads: of the CPU.
+    """network: OpenVINO's file, of `converted` or `stored`. dtype: of the computation, where the CPU supports it; boxes
+    are decoded in fp32, as OpenVINO keeps it after the last convolution. threads: of the CPU.
     """
 
-    def __init__(self, network: torch.nn.Module, weights: Path, stride: int, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, network: Path, dtype: torch.dtype, threads: int) -> None:
         core = ov.Core()
         core.set_property({"CACHE_DIR": str(cache("compiled"))})
-        key = key_of(Path(__file__).parent, sha256_of(weights))
-        folder = made_once("networks", key, lambda folder: _convert(network, stride, folder / _NETWORK))
         hints = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "INFERENCE_NUM_THREADS": threads}
         # One picture per thread: threads that share a picture wait for each other, most of all on busy cores.
         hints |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads}
-        self.queue = ov.AsyncInferQueue(core.compile_model(folder / _NETWORK, "CPU", hints), threads)
+        self.queue = ov.AsyncInferQueue(core.compile_model(network, "CPU", hints), threads)
         self.queue.set_callback(self._keep)
         self.outputs: dict[int, list[np.ndarray]] = {}
 
@@ -49,6 +46,46 @@ class Compiled:
 
     def _keep(self, request: Any, index: int) -> None:
         self.outputs[index] = [output.data.copy() for output in request.output_tensors]
+
+
+def converted(network: torch.nn.Module, weights: Path, stride: int) -> Path:
+    """A network as OpenVINO's file, kept for the next process.
+
+    network: ultralytics' model, fused and in fp32, for letterboxed input; it is switched to export mode. weights: its
+    file. stride: of the network; the input's height and width are multiples of it.
+    """
+    key = key_of(Path(__file__).parent, sha256_of(weights))
+    return made_once("networks", key, lambda folder: _convert(network, stride, folder / FILES[0])) / FILES[0]
+
+
+def stored(content: Network) -> Path:
+    """OpenVINO's file of a network that came in memory."""
+
+    def write(folder: Path) -> None:
+        for name, data in zip(FILES, content, strict=True):
+            (folder / name).write_bytes(data)
+
+    return made_once("networks", hashlib.sha256(b"".join(content)).hexdigest(), write) / FILES[0]
+
+
+def quantize(network: Path, inputs: Iterable[np.ndarray], head: int, target: Path) -> None:
+    """Write a network in int8, calibrated on `inputs`, RGB uint8 (1, h, w, 3) each.
+
+    head: index of its last module, which decodes boxes: that arithmetic, of pixels in the hundreds, stays as it is, as
+    in ultralytics' exports.
+    """
+    import nncf
+
+    samples = list(inputs)
+    names = [rf"__module\.model\.{head}(\.dfl.*)?/.*"]
+    quantized = nncf.quantize(
+        ov.Core().read_model(network),
+        nncf.Dataset(samples),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(samples),
+        ignored_scope=nncf.IgnoredScope(patterns=names, validate=False),
+    )
+    ov.save_model(quantized, target, compress_to_fp16=False)
 
 
 def _convert(network: torch.nn.Module, stride: int, path: Path) -> None:

@@ -1,0 +1,169 @@
+"""A YOLO's network in int8 for CPUs: calibrated on some of a job's own pictures, and checked on others against fp32.
+
+That is a process of its own, `python -m shardsight.models.yolo.int8 REQUEST FOLDER`, with REQUEST in JSON, which gets
+the units to read and what reads them from its standard input.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from shardsight.decode.frames import Load
+from shardsight.decode.video import Sampling
+from shardsight.models.info import ModelError, key_of, made_once
+from shardsight.models.staging import stage
+from shardsight.models.yolo.info import FILES, Network, YoloInfo
+from shardsight.models.yolo.letterbox import Letterbox
+from shardsight.row import frames_of
+from shardsight.settings import Settings
+from shardsight.sources import Unit, read
+from shardsight.storage import is_remote
+
+if TYPE_CHECKING:
+    from shardsight.models.yolo.model import Yolo
+
+SAMPLE = 192  # pictures: two of three to calibrate on, every third to check
+LEAST = 9  # of them
+AGREEMENT = 0.9  # of what int8 or fp32 finds, the share that both do; measured ones are in benchmarks/RESULTS.md
+IOU = 0.75  # from which on two boxes are of the same object
+INSTEAD = "choose --precision bf16 or fp32, or give --yolo what jobs.export --precision int8 writes"
+_FOUND = "found.json"
+
+
+@dataclass(frozen=True)
+class Int8:
+    """network: content of OpenVINO's two files. found: what job.json says of it, its sha256 among it."""
+
+    network: Network
+    found: dict[str, Any]
+
+
+def calibrate(info: YoloInfo, settings: Settings, units: Sequence[Unit], load: Load) -> Int8:
+    """units: that hold the sample. load: of the job. Made once of the same weights, settings and units.
+
+    Raises ModelError where int8 does not agree with fp32, and for networks that have no int8.
+    """
+    names = ("conf", "iou", "max_det", "classes", "imgsz")
+    request = {name: getattr(settings, name) for name in names}
+    made_of = request, info.files, [(unit.uri, unit.version, unit.files, unit.versions) for unit in units]
+
+    def make(folder: Path) -> None:
+        model = str(stage(info.path, load.storage, info.files)) if is_remote(info.path) else info.path
+        command = [sys.executable, "-m", __name__, json.dumps(request | {"model": model}), str(folder)]
+        done = subprocess.run(command, input=pickle.dumps((units, load)), capture_output=True)
+        lines = done.stdout.decode(errors="replace").strip().splitlines()
+        if done.returncode or not lines:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ModelError(f"--precision int8: calibration failed ({said[-1]}): {INSTEAD}")
+        found = json.loads(lines[-1])
+        if "error" in found:
+            raise ModelError(f"--precision int8: {found['error']}: {INSTEAD}")
+        (folder / _FOUND).write_text(json.dumps(found))
+
+    folder = made_once("int8", key_of(Path(__file__).parent, made_of), make)
+    xml, weights = ((folder / name).read_bytes() for name in FILES)
+    return Int8((xml, weights), json.loads((folder / _FOUND).read_text()))
+
+
+def agreement(some: Sequence[Sequence[dict[str, Any]]], others: Sequence[Sequence[dict[str, Any]]]) -> float | None:
+    """Of the detections of some and of others, pictures in the same order, the share that have a partner there: of the
+    same class, with an IoU of at least IOU. None where there are none."""
+    from pycocotools import mask
+    from scipy.optimize import linear_sum_assignment
+
+    paired = count = 0
+    for ours, theirs in zip(some, others, strict=True):
+        count += len(ours) + len(theirs)
+        for name in {one["class_id"] for one in ours}:
+            boxes = [np.array([_xywh(one) for one in each if one["class_id"] == name]) for each in (ours, theirs)]
+            if len(boxes[1]):
+                near = mask.iou(*boxes, np.zeros(len(boxes[1]))) >= IOU
+                paired += near[linear_sum_assignment(near, maximize=True)].sum()
+    return 2 * float(paired) / count if count else None
+
+
+def _xywh(one: dict[str, Any]) -> list[float]:
+    return [one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]]
+
+
+def _rows(units: Sequence[Unit], load: Load) -> list[dict[str, Any]]:
+    """At most about SAMPLE rows with frames: a loose file is one, and of each other unit come equally many."""
+    loose = sum(not unit.uri for unit in units)
+    each = -(-(SAMPLE - loose) // max(1, len(units) - loose))
+    found: list[dict[str, Any]] = []
+    for unit in units:
+        rows = chain.from_iterable(map(load.rows, read(unit, load.storage)))
+        found += islice((row for row in rows if row.get("frame")), each if unit.uri else 1)
+    return found
+
+
+def _make(folder: Path, model: str, units: Sequence[Unit], load: Load, **settings: Any) -> dict[str, Any]:
+    """Write FILES. Returns what was found. Raises ModelError."""
+    from shardsight.models.yolo.model import Yolo
+    from shardsight.models.yolo.openvino import quantize
+
+    exact = Yolo(model, precision="fp32", **settings)
+    if not exact.compiles:
+        raise ModelError(f"{model} has no int8 here, which is for boxes on CPUs, and not for end-to-end networks")
+    # Keyframes are spread over a video and soon decoded, but a short one has few.
+    rows = _rows(units, replace(load, sampling=Sampling(keyframes=True)))
+    if len(rows) < SAMPLE / 2:
+        rows = _rows(units, load)
+    if len(rows) < LEAST:
+        raise ModelError(
+            f"only {len(rows)} of the input's pictures can be decoded, where it takes {LEAST} to calibrate"
+        )
+    checked, used = rows[2::3], [row for index, row in enumerate(rows) if index % 3 != 2]
+    quantize(exact.converted(), _inputs(exact, load.table(used)), exact.backend.model.model[-1].i, folder / FILES[0])
+    xml, weights = ((folder / name).read_bytes() for name in FILES)
+    quick = Yolo(model, precision="int8", network=(xml, weights), **settings)
+    both = [yolo(load.table(checked))["detections"].to_pylist() for yolo in (exact, quick)]
+    objects = sum(map(len, both[0]))
+    found = agreement(*both)
+    if found is None:
+        raise ModelError(f"neither int8 nor fp32 finds anything in the {len(checked)} pictures that it is checked on")
+    if found < AGREEMENT:
+        raise ModelError(
+            f"int8 agrees with fp32 on {found:.1%} of what they find in {len(checked)} pictures ({objects} objects), "
+            f"less than {AGREEMENT:.0%}"
+        )
+    digest = hashlib.sha256(xml + weights).hexdigest()
+    said = {"agreement": round(found, 4), "objects": objects, "calibrated": len(used), "checked": len(checked)}
+    return said | {"sha256": digest}
+
+
+def _inputs(yolo: "Yolo", table: pa.Table) -> Iterator[np.ndarray]:
+    """A table's frames as the network sees them, RGB uint8 (1, h, w, 3)."""
+    widths, heights = table["width"].to_pylist(), table["height"].to_pylist()
+    assert isinstance(yolo.input, Letterbox)
+    for index, frame in frames_of(table):
+        yield yolo.input.canvas([frame], [yolo.input.place(widths[index], heights[index])])
+
+
+def _main(request: str, folder: str) -> None:
+    """Prints a JSON object: what `_make` returns, or `error`."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output, too
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF goes on without it
+    units, load = pickle.load(sys.stdin.buffer)
+    try:
+        found = _make(Path(folder), units=units, load=load, **json.loads(request))
+    except ModelError as error:
+        found = {"error": str(error)}
+    with stdout:
+        json.dump(found, stdout)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,164 @@
+"""--precision int8: calibrated on a job's own pictures, checked on others, or refused."""
+
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demo.scenes import scene
+from demo.score import average_precision
+from demo.writers import jpeg
+from shardsight.models.info import ModelError
+from shardsight.models.yolo.int8 import agreement
+from shardsight.models.yolo.model import Yolo
+from shardsight.sources import Listing
+from shardsight.storage import Storage
+from tests.conftest import WEIGHTS, job_of, rows_of, write_tar
+
+Annotate = Callable[..., tuple[int, str]]
+BOXES = st.tuples(st.integers(0, 2), *[st.integers(0, 50)] * 2, *[st.integers(1, 50)] * 2)
+
+
+def detection(class_id: int, x: float, y: float, width: float, height: float) -> dict[str, Any]:
+    return {"class_id": class_id, "x1": x, "y1": y, "x2": x + width, "y2": y + height}
+
+
+PICTURES = st.lists(st.lists(BOXES.map(lambda box: detection(*box)), max_size=4), max_size=3)
+
+
+@given(PICTURES, st.integers(0, 2**32))
+def test_agreement_with_itself_is_whole(found: list[list[dict[str, Any]]], seed: int) -> None:
+    """Whatever the order of a picture's detections; and with nothing, nothing."""
+    mixed = [[one[index] for index in torch.randperm(len(one)).tolist()] for one in found]
+    assert agreement(found, mixed) == (1.0 if any(found) else None)
+    assert agreement(found, [[] for _ in found]) == (0.0 if any(found) else None)
+
+
+def test_agreement_is_of_the_same_class_and_place() -> None:
+    box = detection(1, 0, 0, 100, 100)
+    near, far, other = detection(1, 10, 0, 100, 100), detection(1, 40, 0, 100, 100), detection(2, 0, 0, 100, 100)
+    assert agreement([[box]], [[near]]) == 1.0
+    assert agreement([[box]], [[far]]) == agreement([[box]], [[other]]) == 0.0
+    assert agreement([[box]], [[near, near]]) == pytest.approx(2 / 3)  # each is found once
+    assert agreement([[box], [box]], [[box], []]) == pytest.approx(2 / 3)
+
+
+def test_a_sample_is_spread_over_all_inputs(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number:04}.jpg").touch()
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).touch()
+    some = Listing([str(tmp_path)], Storage()).sample(10)
+    assert [Path(unit.uri).name for unit in some if unit.uri] == ["a.tar", "b.tar"]
+    names = [int(Path(unit.files[0]).stem) for unit in some if not unit.uri]
+    assert names == [0, 249, 499, 749, 999]
+    assert len(Listing([str(tmp_path)], Storage()).sample(5000)) == 1002
+
+
+def test_a_job_in_int8(tmp_path: Path, annotate: Annotate, jpegs: list[bytes], detector: Path) -> None:
+    """A broken picture is not calibrated on. The network is kept with the job, which goes on with it and no other."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "broken.jpg").write_bytes(jpegs[0][:300])
+    for number, data in enumerate(jpegs[:20]):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(data)
+    write_tar(tmp_path / "in" / "more.tar", [(f"{number}.jpg", data) for number, data in enumerate(jpegs[20:])])
+    request = tmp_path / "in", "--yolo", detector, "--max-error-rate", 1, "--output"
+    code, said = annotate(*request, tmp_path / "out", "--precision", "int8")
+    assert code == 0 and "calibrating int8" in said
+    job = job_of(tmp_path / "out")
+    found = job["models"]["yolo"]["int8"]
+    assert job["exactly_once"] and found["agreement"] >= 0.9 and found["calibrated"] > found["checked"] > 10
+
+    annotate(*request, tmp_path / "exact", "--precision", "fp32")
+    both = [
+        [row["detections"] or [] for row in sorted(rows_of(tmp_path / name), key=lambda row: row["id"])]
+        for name in ("out", "exact")
+    ]
+    assert both[0] != both[1]  # it is in int8
+    assert (agreement(*both) or 0) >= 0.9
+
+    for file in (tmp_path / "out" / "results").iterdir():
+        file.unlink()
+    kept = (tmp_path / "out" / "int8.bin").read_bytes()
+    code, said = annotate(*request, tmp_path / "out", "--precision", "int8")
+    assert code == 0 and "calibrating" not in said
+    again = [row["detections"] or [] for row in sorted(rows_of(tmp_path / "out"), key=lambda row: row["id"])]
+    assert again == both[0]
+
+    (tmp_path / "out" / "int8.bin").write_bytes(kept[:-1])
+    code, said = annotate(*request, tmp_path / "out", "--precision", "int8")
+    assert code == 2 and "int8.bin are not the network that this job began with" in said
+    assert annotate(*request, tmp_path / "out", "--precision", "int8", "--overwrite")[0] == 0
+    assert (tmp_path / "out" / "int8.bin").read_bytes() == kept
+
+
+def spoil(weights: Path, target: Path) -> None:
+    """A network that computes as before, less one channel of its first layer, which is now so large that int8 has no
+    steps left for the others; the next layer does not look at it."""
+    checkpoint = torch.load(weights, weights_only=False)
+    network = checkpoint["model"].float()
+    with torch.no_grad():
+        network.model[0].bn.weight[0], network.model[0].bn.bias[0] = 0, 1e5
+        network.model[1].conv.weight[:, 0] = 0
+    checkpoint["ema"] = None
+    torch.save(checkpoint, target)
+
+
+def test_int8_that_does_not_agree_is_refused(
+    tmp_path: Path, annotate: Annotate, jpegs: list[bytes], detector: Path
+) -> None:
+    """With the figure, before a row is written."""
+    (tmp_path / "in").mkdir()
+    for number, data in enumerate(jpegs):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(data)
+    spoil(detector, tmp_path / "spoilt.pt")
+    request = tmp_path / "in", "--yolo", tmp_path / "spoilt.pt", "--output", tmp_path / "out"
+    code, said = annotate(*request, "--precision", "int8")
+    assert code == 2 and "int8 agrees with fp32 on " in said and "less than 90%: choose --precision bf16" in said
+    assert not (tmp_path / "out" / "job.json").exists()
+    assert annotate(*request, "--precision", "fp32")[0] == 0
+    assert sum(len(row["detections"]) for row in rows_of(tmp_path / "out")) > 40  # fp32 does compute
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "reason"),
+    [("detect", 5, "only 5 of the input's pictures"), ("classify", 20, "has no int8 here")],
+)
+def test_what_cannot_be_calibrated(
+    tmp_path: Path, annotate: Annotate, jpegs: list[bytes], weights: str, count: int, reason: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number, data in enumerate(jpegs[:count]):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(data)
+    request = tmp_path / "in", "--yolo", WEIGHTS / f"{weights}.pt", "--output", tmp_path / "out"
+    code, said = annotate(*request, "--precision", "int8")
+    assert code == 2 and reason in said and said.strip().count("\n") == 1  # and the line that says what it waits for
+
+
+def test_weights_alone_have_no_int8(detector: Path) -> None:
+    with pytest.raises(ModelError, match="where a job's --precision int8 has calibrated it"):
+        Yolo(str(detector), precision="int8")
+
+
+@pytest.mark.slow
+def test_int8_costs_no_accuracy(tmp_path: Path, annotate: Annotate) -> None:
+    """Within a point of fp32, over 500 unseen scenes."""
+    with get_context("spawn").Pool() as pool:
+        some = pool.map(partial(scene, seed=78), range(500))
+    (tmp_path / "in").mkdir()
+    for one in some:
+        (tmp_path / "in" / f"{one.name}.jpg").write_bytes(jpeg(one))
+    found = {}
+    for precision in ("fp32", "int8"):
+        request = tmp_path / "in", "--yolo", WEIGHTS / "detect.pt", "--conf", 0.001, "--precision", precision
+        assert annotate(*request, "--output", tmp_path / precision)[0] == 0
+        rows = {Path(row["uri"]).stem: row["detections"] for row in rows_of(tmp_path / precision)}
+        found[precision] = average_precision(some, rows)["mAP50-95"]
+    print(f"mAP50-95 of 500 scenes: {found}")
+    assert found["int8"] >= found["fp32"] - 0.01
