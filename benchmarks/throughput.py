@@ -22,6 +22,7 @@ PEERS = ("ultralytics", "ray_data", "daft")
 NAMES = {
     "shardsight": "Shardsight, defaults",
     "shardsight_exact": "Shardsight, fp32, full decoding",
+    "shardsight_int8": "Shardsight, int8",
     "ultralytics": "ultralytics `predict(stream=True)`",
     "ray_data": "Ray Data, as its guide writes it",
     "daft": "Daft, as its guide writes it",

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -69,32 +69,25 @@ def _lean(address: str, verbose: bool) -> AbstractContextManager[None]:
         return nullcontext()
     from ray._private.node import Node
 
-    logs = () if verbose else ("start_log_monitor",)
-    return _left_out(Node, "start_api_server", "start_monitor", *logs)
-
-
-def without_statistics() -> AbstractContextManager[None]:
-    """Execute datasets without the actor in which Ray Data collects what its dashboard shows, where there is none."""
-    from ray.data._internal.stats import _StatsManager
-
-    if not _started:
-        return nullcontext()
-    return _left_out(
-        _StatsManager, "register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics"
-    )
+    names = ["start_api_server", "start_monitor"] + ([] if verbose else ["start_log_monitor"])
+    return replaced(Node, **dict.fromkeys(names, _nothing))
 
 
 @contextmanager
-def _left_out(owner: type, *names: str) -> Iterator[None]:
-    """Meanwhile these methods do nothing, of which Ray has no setting."""
-    kept = {name: vars(owner)[name] for name in names}
-    for name in names:
-        setattr(owner, name, staticmethod(lambda *_, **__: None))
+def replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile a class or module has these functions, where Ray has no setting."""
+    kept = {name: vars(owner)[name] for name in functions}
+    for name, function in functions.items():
+        setattr(owner, name, staticmethod(function))
     try:
         yield
     finally:
-        for name, method in kept.items():
-            setattr(owner, name, method)
+        for name, function in kept.items():
+            setattr(owner, name, function)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 @contextmanager

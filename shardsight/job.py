@@ -307,7 +307,7 @@ class _Run:
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
         watched = nullcontext() if alone else self.watch.watching(stages)
-        with isolate.only_deaths(), cluster.without_statistics(), watched:
+        with isolate.only_deaths(), pipeline.lean(), watched:
             labels = stages[0].labels
             for count, finished in writing.run(rows, self.results, settings.rows_per_file, self._waited, labels):
                 for written in finished:

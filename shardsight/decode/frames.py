@@ -25,7 +25,7 @@ from shardsight.sources import Record, ShardFile, names_video, open_file, read
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
-BYTES, ROWS = 64 << 20, 256  # of one table, at most by about a picture more
+BYTES, ROWS = 32 << 20, 256  # of one table, at most by about a picture more
 TRACKED_BYTES = 16 << 20  # where one process holds tables of several videos
 ROUNDING = 1e-6  # seconds: times are multiples of fractions such as 1/25
 EVERY_FRAME = Sampling()
