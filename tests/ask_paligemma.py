@@ -29,10 +29,12 @@ class Asked:
 
 @dataclass
 class Answered:
-    """answers: (ids, log-probabilities) of each pair. preempted: how often a request was."""
+    """answers: (ids, log-probabilities) of each pair. preempted: how often a request was. encoded: how many pictures
+    went through the vision tower."""
 
     answers: list[tuple[list[int], list[float]]]
     preempted: int
+    encoded: int
 
 
 def ask(asked: list[Asked], folder: Path, stock: bool = False) -> list[Answered]:
@@ -47,14 +49,20 @@ def ask(asked: list[Asked], folder: Path, stock: bool = False) -> list[Answered]
 
 
 def main(folder: Path) -> None:
+    from vllm.model_executor.models.paligemma import PaliGemmaForConditionalGeneration
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from shardsight.models.paligemma.model import PaliGemma  # isort: split
     from shardsight.models.paligemma import engine
     from shardsight.models.paligemma.prompts import Prompt
 
-    preempted = 0
-    original = Scheduler._preempt_request
+    preempted = encoded = 0
+    original, encode = Scheduler._preempt_request, PaliGemmaForConditionalGeneration._image_pixels_to_features
+
+    def counted_pixels(self: Any, tower: Any, pixels: Any) -> Any:
+        nonlocal encoded
+        encoded += len(pixels)
+        return encode(self, tower, pixels)
 
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal preempted
@@ -62,6 +70,7 @@ def main(folder: Path) -> None:
         return original(*arguments, **named)
 
     Scheduler._preempt_request = counted
+    PaliGemmaForConditionalGeneration._image_pixels_to_features = counted_pixels
     asked, stock = pickle.loads((folder / "asked").read_bytes())
     if stock:
         engine.loaded = lambda: True
@@ -75,12 +84,13 @@ def main(folder: Path) -> None:
         # One thread: two wait for each other longer than such small models take.
         model = PaliGemma(str(one.model), precision="fp32", threads=1, **one.arguments)
         engine.Limits.free, engine.fits = free, fits
+        encoded = 0  # vLLM has tried it with the largest batch
         if one.alone:
             results = [model.ask(frame, Prompt.of(prompt)).result() for frame, prompt in one.pairs]
         else:
             futures = [model.ask(frame, Prompt.of(prompt)) for frame, prompt in one.pairs]
             results = [future.result() for future in futures]
-        answered.append(Answered([(result.ids, result.logprobs) for result in results], preempted))
+        answered.append(Answered([(result.ids, result.logprobs) for result in results], preempted, encoded))
         model.close()
     (folder / "answered").write_bytes(pickle.dumps(answered))
 

@@ -119,6 +119,8 @@ def test_same_tokens_beyond_the_sliding_window(tmp_path: Path) -> None:
     ]
     at_896, in_picture, in_prompt, in_answer = ask(runs, tmp_path)
     same(at_896, Reference(large), pairs[:2])
+    # A picture's features are the same whatever is asked about it.
+    assert at_896.encoded == 1 and in_prompt.encoded == len({frame.tobytes() for frame, _ in pairs}) < len(pairs)
     same(in_picture, Reference(picture), clips)
     same(in_prompt, Reference(prompt, lora), pairs)
     assert in_answer.preempted > 0
