@@ -54,9 +54,9 @@ chaos: install
 cluster: install
 	$(BIN)/python -m pytest -m slow -s --timeout 1800 tests/chaos/test_*_nodes.py tests/test_autoscaling.py
 
-# What the defaults cost: 500 scenes, in bf16 and decoded small, against fp32 and decoded in full.
+# What the defaults and int8 cost: 500 scenes, against fp32 and decoded in full.
 accuracy: install
-	$(BIN)/python -m pytest -m slow -s tests/test_yolo.py
+	$(BIN)/python -m pytest -m slow -s --timeout 900 tests/test_yolo.py tests/test_int8.py
 
 # PaliGemma's tokens against Hugging Face's, over 200 pairs a model: half an hour.
 tokens: install

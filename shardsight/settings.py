@@ -84,7 +84,8 @@ class Options(Declared):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         "auto",
-        description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32; exports have their own",
+        description="auto is fp16 on CUDA, bf16 on a CPU that computes in it, else fp32; int8, of a YOLO on CPUs, is "
+        "calibrated on some of the input; exports have their own",
     )
     batch_size: int | None = Field(None, ge=1, description="pictures that YOLO takes at once; 64 on a GPU, else 16")
     storage: dict[str, str] = Field({}, description=f"of the object store, repeatable: {_KEYS}")

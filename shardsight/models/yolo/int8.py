@@ -128,7 +128,7 @@ def _make(folder: Path, model: str, units: Sequence[Unit], load: Load, **setting
     quantize(exact.converted(), _inputs(exact, load.table(used)), exact.backend.model.model[-1].i, folder / FILES[0])
     xml, weights = ((folder / name).read_bytes() for name in FILES)
     quick = Yolo(model, precision="int8", network=(xml, weights), **settings)
-    both = [yolo(load.table(checked))["detections"].to_pylist() for yolo in (exact, quick)]
+    both = [[each or [] for each in yolo(load.table(checked))["detections"].to_pylist()] for yolo in (exact, quick)]
     objects = sum(map(len, both[0]))
     found = agreement(*both)
     if found is None:
