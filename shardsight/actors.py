@@ -44,6 +44,11 @@ class Stage:
         return self.name.partition(" ")[0]
 
     @property
+    def calls(self) -> int:
+        """Blocks that one of its processes works on at once: vLLM's engine batches across them, and never waits."""
+        return 4 if self.kind == "paligemma" else 1
+
+    @property
     def request(self) -> dict[str, float]:
         """What Ray reserves for one of its processes, by the names of Ray's resources."""
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}

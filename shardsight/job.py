@@ -289,7 +289,7 @@ class _Run:
     def _pass(self, units: list[Any], alone: bool) -> bool:
         """Returns whether nodes of the cluster died meanwhile."""
         # Imported here: a restart that finds everything done does not need Ray, which takes seconds and 80 MB.
-        from shardsight import actors, cluster, isolate, pipeline, watching, writing
+        from shardsight import actors, cluster, isolate, one_machine, pipeline, watching, writing
         from shardsight.metrics import JobMetrics
 
         settings = self.settings
@@ -307,7 +307,7 @@ class _Run:
         if self.watcher:
             self.watcher.begin(self.done.places, self._expected(totals))
         watched = nullcontext() if alone else self.watch.watching(stages)
-        with isolate.only_deaths(), pipeline.lean(), watched:
+        with isolate.only_deaths(), one_machine.lean(), watched:
             labels = stages[0].labels
             for count, finished in writing.run(rows, self.results, settings.rows_per_file, self._waited, labels):
                 for written in finished:

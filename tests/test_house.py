@@ -21,10 +21,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # Who may import what is heavy, or belongs to one place.
 OWNERS = {
     "ray": (
-        *(
-            f"shardsight.{name}"
-            for name in ("cluster", "actors", "pipeline", "isolate", "metrics", "tracking", "watching", "writing")
-        ),
+        *(f"shardsight.{name}" for name in ("cluster", "actors", "pipeline", "one_machine", "isolate", "metrics")),
+        *(f"shardsight.{name}" for name in ("tracking", "watching", "writing")),
         "shardsight.evaluation.speed",
         "serve",
         "tune",

@@ -12,6 +12,9 @@ from packaging.requirements import Requirement
 # → ultralytics' `quantize`. w8a16 and w8a32: weights of 8 bits, activations of 16 or 32.
 PRECISIONS: dict[str, int | str] = {"fp32": 32, "fp16": 16, "int8": 8, "w8a16": "w8a16", "w8a32": "w8a32"}
 
+FILES = ("network.xml", "network.bin")  # of a network that this library itself has converted to OpenVINO
+Network = tuple[bytes, bytes]  # their content
+
 
 @dataclass(frozen=True)
 class Format:

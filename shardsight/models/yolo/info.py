@@ -20,8 +20,6 @@ from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 from shardsight.storage import Storage, is_remote
 
-FILES = ("network.xml", "network.bin")  # of a network in OpenVINO's format
-Network = tuple[bytes, bytes]  # their content
 _FOUND = "found.json"  # what is kept of an inspected model
 # Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
 _COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}

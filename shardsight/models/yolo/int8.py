@@ -23,7 +23,8 @@ from shardsight.decode.frames import Load
 from shardsight.decode.video import Sampling
 from shardsight.models.info import ModelError, key_of, made_once
 from shardsight.models.staging import stage
-from shardsight.models.yolo.info import FILES, Network, YoloInfo
+from shardsight.models.yolo.formats import FILES, Network
+from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.letterbox import Letterbox
 from shardsight.row import frames_of
 from shardsight.settings import Settings

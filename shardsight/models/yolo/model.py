@@ -16,7 +16,7 @@ from PIL import Image
 from shardsight.models.info import ModelDied, ModelError, automatic, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.table import Picture, Stopwatch, from_pictures, to_rows, with_results
-from shardsight.models.yolo.info import Network
+from shardsight.models.yolo.formats import Network
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox, Placement
 from shardsight.models.yolo.load import load
 from shardsight.models.yolo.rows import rows_of
@@ -28,6 +28,10 @@ from shardsight.storage import Storage, is_remote
 if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
 
+_NO_INT8 = (
+    "computes in int8 where a job's --precision int8 has calibrated it, on a CPU; elsewhere give what jobs.export "
+    "--precision int8 writes"
+)
 Item = tuple[int, np.ndarray, Placement]  # (row in the table, frame, where it lies in the model's input)
 
 
@@ -80,20 +84,14 @@ class Yolo:
         self.names: dict[int, str] = dict(self.backend.names)
         native = self.backend.format == "pt"
         minimal = native or (bool(getattr(self.backend, "dynamic", False)) and self.backend.format != "imx")
-        size = tuple(self.predictor.imgsz)
-        classify = self.task == "classify"
+        size, classify = tuple(self.predictor.imgsz), self.task == "classify"
         self.input = CentreCrop(size) if classify else Letterbox(size, int(self.backend.stride), minimal)
         self.end2end = native and bool(self.backend.end2end)
         self.compiles = native and not (cuda or classify or self.end2end)
         self.set_thresholds(conf, iou, max_det, classes)
-        self.multi_label = multi_label
-        self.crops = crops
-        self.network = network
+        self.multi_label, self.crops, self.network = multi_label, crops, network
         if precision == "int8" and native and not (network and self.compiles):
-            raise ModelError(
-                f"{model} computes in int8 where a job's --precision int8 has calibrated it, on a CPU; elsewhere give "
-                "what jobs.export --precision int8 writes"
-            )
+            raise ModelError(f"{model} {_NO_INT8}")
         self.dtype = _dtype(precision, cuda) if native else torch.float32  # an export's precision is fixed
         self.tracking = self.tracker(track, track_config) if track else None
         self.stopwatch = Stopwatch()

@@ -15,7 +15,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from shardsight.models.info import cache, key_of, made_once, sha256_of
-from shardsight.models.yolo.info import FILES, Network
+from shardsight.models.yolo.formats import FILES, Network
 
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
