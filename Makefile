@@ -31,7 +31,7 @@ serve: install
 test: lint
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Ours and the peers on the same work; for half an hour nothing else should run on the machine.
+# Ours and the peers on the same work; for an hour nothing else should run on the machine.
 bench: bench-install
 	$(BIN)/python -m benchmarks.throughput --record
 
