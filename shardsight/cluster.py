@@ -70,7 +70,7 @@ def _lean(address: str, verbose: bool) -> AbstractContextManager[None]:
     from ray._private.node import Node
 
     names = ["start_api_server", "start_monitor"] + ([] if verbose else ["start_log_monitor"])
-    return replaced(Node, **dict.fromkeys(names, _nothing))
+    return replaced(Node, **dict.fromkeys(names, nothing))
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def nothing(*_: Any, **__: Any) -> None:
+    """What a function is replaced by that is left out."""
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def lean() -> Iterator[None]:
         yield
         return
     names = "register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics"
-    without_statistics = cluster.replaced(_StatsManager, **dict.fromkeys(names, lambda *_, **__: None))
+    without_statistics = cluster.replaced(_StatsManager, **dict.fromkeys(names, cluster.nothing))
     with (
         without_statistics,
         cluster.replaced(streaming_executor, create_cluster_autoscaler=lambda *_, **__: _Machine()),

@@ -63,6 +63,19 @@ def key_of(folder: Path, *made_of: Any) -> str:
     return hashlib.sha256(json.dumps([made_of, code, versions]).encode()).hexdigest()
 
 
+def answer(found: Callable[[], dict[str, Any]]) -> None:
+    """For a process of its own, which a model is loaded in: print what is found as a JSON object, or a ModelError's
+    sentence as its `error`, and nothing else to standard output."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output, too
+    try:
+        said = found()
+    except ModelError as error:
+        said = {"error": str(error)}
+    with stdout:
+        json.dump(said, stdout)
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

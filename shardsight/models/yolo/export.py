@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError
+from shardsight.models.info import ModelError, answer
 from shardsight.models.yolo.formats import PRECISIONS
 
 # Telemetry of exporters; without the module they go on. MNN's also runs `pip install`.
@@ -62,20 +62,16 @@ def _run(weights: str, format: str, quantize: int | str, options: dict[str, Any]
     return str(YOLO(weights).export(format=format, quantize=quantize, device=device, **options))
 
 
-def _main(request: str) -> None:
-    """Prints a JSON object: `path`, or `error`."""
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # exporters print to standard output, too
+def _main(request: str) -> dict[str, Any]:
+    """`path`. Raises ModelError, also for what exporters raise."""
     try:
-        found = {"path": _run(**json.loads(request))}
-    except ModelError as error:
-        found = {"error": str(error)}
+        return {"path": _run(**json.loads(request))}
+    except ModelError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        found = {"error": f"{type(error).__name__}: {lines[0].removeprefix('ERROR ❌️ ')}"}
-    with stdout:
-        json.dump(found, stdout)
+        raise ModelError(f"{type(error).__name__}: {lines[0].removeprefix('ERROR ❌️ ')}") from error
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    answer(lambda: _main(sys.argv[1]))

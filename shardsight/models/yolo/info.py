@@ -6,7 +6,6 @@ The subprocess is `python -m shardsight.models.yolo.info PATH IMGSZ`, with IMGSZ
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shardsight.models.info import ModelError, key_of, made_once, sha256_of, weights_of
+from shardsight.models.info import ModelError, answer, key_of, made_once, sha256_of, weights_of
 from shardsight.models.staging import stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
@@ -86,7 +85,7 @@ def _inspect(path: str, imgsz: str, state: tuple[tuple[str, int, int], ...]) -> 
 
 
 def _describe_into(file: Path, path: str, imgsz: str) -> None:
-    """Write what _describe prints. Raises ModelError."""
+    """Write what _describe finds. Raises ModelError."""
     command = [sys.executable, "-m", "shardsight.models.yolo.info", path, imgsz]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -105,20 +104,13 @@ def _files(path: Path) -> dict[str, Path]:
     return {file.name: file for file in (path, *companions) if file.is_file()}
 
 
-def _describe(path: str, imgsz: str) -> None:
-    """Prints a JSON object: `task`, `names` and `input`, or `error`, a sentence for the user."""
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print to standard output, too
+def _describe(path: str, imgsz: str) -> dict[str, Any]:
+    """`task`, `names` and `input`. Raises ModelError."""
     from shardsight.models.yolo.model import Yolo
 
-    try:
-        yolo = Yolo(path, imgsz=json.loads(imgsz), precision="fp32")
-        found = {"task": yolo.task, "names": yolo.names, "input": asdict(yolo.input)}
-    except ModelError as error:
-        found = {"error": str(error)}
-    with stdout:
-        json.dump(found, stdout)
+    yolo = Yolo(path, imgsz=json.loads(imgsz), precision="fp32")
+    return {"task": yolo.task, "names": yolo.names, "input": asdict(yolo.input)}
 
 
 if __name__ == "__main__":
-    _describe(*sys.argv[1:])
+    answer(lambda: _describe(*sys.argv[1:]))

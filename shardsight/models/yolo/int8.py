@@ -6,7 +6,6 @@ the units to read and what reads them from its standard input.
 
 import hashlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import pyarrow as pa
 
 from shardsight.decode.frames import Load
 from shardsight.decode.video import Sampling
-from shardsight.models.info import ModelError, key_of, made_once
+from shardsight.models.info import ModelError, answer, key_of, made_once
 from shardsight.models.staging import stage
 from shardsight.models.yolo.formats import FILES, Network
 from shardsight.models.yolo.info import YoloInfo
@@ -152,19 +151,12 @@ def _inputs(yolo: "Yolo", table: pa.Table) -> Iterator[np.ndarray]:
         yield yolo.input.canvas([frame], [yolo.input.place(widths[index], heights[index])])
 
 
-def _main(request: str, folder: str) -> None:
-    """Prints a JSON object: what `_make` returns, or `error`."""
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print to standard output, too
+def _main(request: str, folder: str) -> dict[str, Any]:
+    """What `_make` returns. Raises ModelError."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF goes on without it
     units, load = pickle.load(sys.stdin.buffer)
-    try:
-        found = _make(Path(folder), units=units, load=load, **json.loads(request))
-    except ModelError as error:
-        found = {"error": str(error)}
-    with stdout:
-        json.dump(found, stdout)
+    return _make(Path(folder), units=units, load=load, **json.loads(request))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    answer(lambda: _main(*sys.argv[1:]))
