@@ -14,19 +14,23 @@ from benchmarks.measuring import done
 BATCH = 16
 
 
-def shardsight(folder: str, out: str, weights: str, imgsz: int, *options: str) -> None:
-    """Our job's command, with its defaults. A row is done when the driver has it."""
+def annotate(folder: str, out: str, *options: object, each: int = 1) -> None:
+    """Our job's command. A row is done when the driver has it, and with it so many things. Exits where it fails."""
     from shardsight import cli, progress
 
     class Noting(progress.Progress):
         def add(self, rows: int, errors: int, total: int | None) -> None:
-            done(rows)
+            done(rows * each)
             super().add(rows, errors, total)
 
     progress.Progress = Noting  # type: ignore[misc]
-    code = cli.annotate([folder, "--output", out, "--yolo", weights, "--imgsz", str(imgsz), *options])
-    if code:
+    if code := cli.annotate([folder, "--output", out, *map(str, options)]):
         sys.exit(code)
+
+
+def shardsight(folder: str, out: str, weights: str, imgsz: int, *options: str) -> None:
+    """Our job's command, with its defaults."""
+    annotate(folder, out, "--yolo", weights, "--imgsz", imgsz, *options)
 
 
 def shardsight_exact(folder: str, out: str, weights: str, imgsz: int) -> None:

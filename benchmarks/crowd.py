@@ -1,8 +1,10 @@
 """Locust's clients for benchmarks.service: each asks one thing after the other, once a REST seconds.
 
-For one picture, at /v1/annotate, or for EACH at a time, by the Open Inference Protocol.
+By FORM: none, the service's own, one picture at /v1/annotate or EACH at a time by the Open Inference Protocol; files,
+EACH in a form, as the peers take them; chat, a picture and PROMPT by OpenAI's protocol.
 """
 
+import base64
 import json
 import os
 import struct
@@ -12,6 +14,7 @@ import httpx
 from locust import FastHttpUser, constant_throughput, task
 
 REST = float(os.environ["REST"])  # 0: as soon as it is answered
+FORM = os.environ.get("FORM", "")
 PROMPT = os.environ.get("PROMPT", "")
 EACH = int(os.environ.get("EACH", "1"))
 
@@ -19,15 +22,27 @@ EACH = int(os.environ.get("EACH", "1"))
 def _bodies() -> list[tuple[str, bytes, dict[str, str]]]:
     """(path, body, headers) of each request."""
     pictures = [path.read_bytes() for path in sorted(Path(os.environ["PICTURES"]).iterdir())]
-    if EACH > 1:
-        groups = [pictures[start : start + EACH] for start in range(0, len(pictures) - EACH + 1, EACH)]
-        return [_tensor(group) for group in groups]
-    found = []
-    for picture in pictures:
-        data = {"prompt": PROMPT} if PROMPT else {}
-        request = httpx.Request("POST", "http://a", files={"image": picture}, data=data)
-        found.append(("/v1/annotate", request.read(), {"content-type": request.headers["content-type"]}))
-    return found
+    groups = [pictures[start : start + EACH] for start in range(0, len(pictures) - EACH + 1, EACH)]
+    if FORM == "chat":
+        return [_chat(group) for group in groups]
+    if FORM == "files":
+        return [_files("/predict", group) for group in groups]
+    return [_tensor(group) if EACH > 1 else _files("/v1/annotate", group) for group in groups]
+
+
+def _files(path: str, pictures: list[bytes]) -> tuple[str, bytes, dict[str, str]]:
+    data = {"prompt": PROMPT} if PROMPT else {}
+    files = [("image", ("picture.jpg", picture)) for picture in pictures]
+    request = httpx.Request("POST", "http://a", files=files, data=data)
+    return path, request.read(), {"content-type": request.headers["content-type"]}
+
+
+def _chat(pictures: list[bytes]) -> tuple[str, bytes, dict[str, str]]:
+    uris = [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
+    content = [{"type": "text", "text": PROMPT}, *({"type": "image_url", "image_url": {"url": uri}} for uri in uris)]
+    asked = {"model": "paligemma", "temperature": 0, "max_tokens": 16}
+    body = json.dumps(asked | {"messages": [{"role": "user", "content": content}]}).encode()
+    return "/v1/chat/completions", body, {"content-type": "application/json"}
 
 
 def _tensor(pictures: list[bytes]) -> tuple[str, bytes, dict[str, str]]:

@@ -31,8 +31,8 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a contender become children
 class Run:
     """seconds: of the whole command. first: until its first rows are done. rate: rows a second, from the moment when
     the first are done and without them, to the last; None where all come at once. cpu_seconds, peak_mb: of all
-    processes together; each counts its part of the memory that they share. others: the share of the machine's CPU time
-    that other work took, also in other virtual machines.
+    processes together; each counts its part of the memory that they share. own_mb: of the command's own process.
+    others: the share of the machine's CPU time that other work took, also in other virtual machines.
     """
 
     seconds: float
@@ -40,6 +40,7 @@ class Run:
     rate: float | None
     cpu_seconds: float
     peak_mb: float
+    own_mb: float
     others: float
 
 
@@ -69,6 +70,7 @@ def measure(*command: object) -> Run:
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, command)], stdout=said, stderr=said, env=environment
         )
+        meter.main = process.pid
         code = process.wait()
         seconds = time.perf_counter() - began
         meter.end()
@@ -76,14 +78,23 @@ def measure(*command: object) -> Run:
             said.seek(0)
             sys.exit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
         first, rate = stream(noted.read())
-        return Run(seconds, first and first - at, rate, meter.cpu_seconds, meter.peak / 2**20, meter.others)
+        return Run(
+            seconds,
+            first and first - at,
+            rate,
+            meter.cpu_seconds,
+            meter.peak / 2**20,
+            meter.own_peak / 2**20,
+            meter.others,
+        )
 
 
 class _Meter:
-    """Watches the descendants of this process, and the machine."""
+    """Watches the descendants of this process, of which `main` is one, and the machine."""
 
     def __enter__(self) -> "_Meter":
-        self.cpu, self.peak, self.over = dict[int, float](), 0.0, threading.Event()
+        self.cpu, self.over = dict[int, float](), threading.Event()
+        self.main, self.peak, self.own_peak = 0, 0, 0
         self.own, self.before = psutil.Process().cpu_times(), psutil.cpu_times()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -104,7 +115,10 @@ class _Meter:
                     times = process.cpu_times()
                     self.cpu[process.pid] = times.user + times.system
                     found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.M)
-                    memory += 1024 * int(found[1]) if found else 0
+                    taken = 1024 * int(found[1]) if found else 0
+                    memory += taken
+                    if process.pid == self.main:
+                        self.own_peak = max(self.own_peak, taken)
             self.peak = max(self.peak, memory)
 
     def end(self) -> None:

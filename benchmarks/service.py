@@ -18,24 +18,25 @@ from typing import Any
 
 from benchmarks.measuring import conditions, measure
 from benchmarks.throughput import make_pictures
-from tests.chaos.service import Service, running
+from tests.chaos.service import running
 from tests.conftest import WEIGHTS
 
 HERE = Path(__file__).parent
 
 
-def crowd(service: Service, pictures: Path, clients: int, seconds: float, rest: float = 0, **more: Any) -> Any:
-    """{status: (pictures per second, median, 95th and 99th percentile and longest in ms)}, by locust. more: `prompt`,
-    `each`, of benchmarks.crowd."""
-    out = service.folder / "crowd"
-    command = [sys.executable, "-m", "locust", "--locustfile", Path(__file__).parent / "crowd.py", "--headless"]
-    command += ["--host", service.url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds:.0f}s"]
-    command += ["--csv", out, "--stop-timeout", "60", "--only-summary", "--exit-code-on-error", "0"]
-    environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest)}
-    environment |= {name.upper(): str(value) for name, value in more.items()}
-    subprocess.run([*map(str, command)], check=True, capture_output=True, env=environment)
-    with open(f"{out}_stats.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["Name"] != "Aggregated"]
+def crowd(url: str, pictures: Path, clients: int, seconds: float, rest: float = 0, **more: Any) -> Any:
+    """{status: (pictures per second, median, 95th and 99th percentile and longest in ms)}, by locust. more: `form`,
+    `prompt`, `each`, of benchmarks.crowd."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "crowd"
+        command = [sys.executable, "-m", "locust", "--locustfile", HERE / "crowd.py", "--headless"]
+        command += ["--host", url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds:.0f}s"]
+        command += ["--csv", out, "--stop-timeout", "60", "--only-summary", "--exit-code-on-error", "0"]
+        environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest)}
+        environment |= {name.upper(): str(value) for name, value in more.items()}
+        subprocess.run([*map(str, command)], check=True, capture_output=True, env=environment)
+        with open(f"{out}_stats.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row["Name"] != "Aggregated"]
     latencies = ("50%", "95%", "99%", "100%")
     rates = {int(row["Name"]): float(row["Requests/s"]) * more.get("each", 1) for row in rows}
     return {int(row["Name"]): (rates[int(row["Name"])], *(float(row[name]) for name in latencies)) for row in rows}
@@ -60,16 +61,16 @@ def main() -> None:
         make_pictures(pictures, args.pictures)
         own = [alone(pictures)]
         with running(folder, imgsz=640) as service:
-            crowd(service, pictures, 8, 10)  # everything is loaded and warm
-            closed = {clients: crowd(service, pictures, clients, args.seconds) for clients in (1, 8, 64)}
+            crowd(service.url, pictures, 8, 10)  # everything is loaded and warm
+            closed = {clients: crowd(service.url, pictures, clients, args.seconds) for clients in (1, 8, 64)}
             capacity = closed[64][200][0]
-            many = crowd(service, pictures, 8, args.seconds, each=16)
+            many = crowd(service.url, pictures, 8, args.seconds, each=16)
             before = service.memory()
             waiting = math.ceil(2 * capacity) * 4  # enough that one is always free to ask
-            overload = crowd(service, pictures, waiting, args.open_seconds, rest=waiting / (2 * capacity))
+            overload = crowd(service.url, pictures, waiting, args.open_seconds, rest=waiting / (2 * capacity))
             after = service.memory()
-            again = crowd(service, pictures, 64, 10)
-            spoken = crowd(service, pictures, 64, args.seconds, prompt="caption en")
+            again = crowd(service.url, pictures, 64, 10)
+            spoken = crowd(service.url, pictures, 64, args.seconds, prompt="caption en")
         own.append(alone(pictures))
     model = statistics.mean(own)
     rows = {f"{clients}": found for clients, found in closed.items()}

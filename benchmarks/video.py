@@ -1,7 +1,7 @@
 """Frames per second of ours and of the peers on videos: `python -m benchmarks.video`.
 
-Two tasks, as video_contenders.py describes them: boxes of every frame, and a PNG of every box; of one clip and of all
-of them. See measuring.py. Nothing else should run on the machine.
+Tasks as video_contenders.py describes them: boxes of every frame, a PNG of every box, and the decoding alone; of one
+clip and of all of them. See measuring.py. Nothing else should run on the machine.
 """
 
 import argparse
@@ -14,17 +14,19 @@ import cv2
 import numpy as np
 
 from benchmarks import measuring
-from benchmarks.throughput import PEERS
+from benchmarks.throughput import PEERS as DETECTORS
 from benchmarks.video_contenders import HEIGHT, TASKS, WIDTH
 from demo.run import WEIGHTS, photographs
 
 FPS = 25
+PEERS = (*DETECTORS, "ffmpeg")
 NAMES = {
     "shardsight": "Shardsight, defaults",
     "shardsight_exact": "Shardsight, fp32, full decoding",
     "ultralytics": "ultralytics, one process",
     "ray_data": "Ray Data, frames by PyAV",
     "daft": "Daft, `read_video_frames`",
+    "ffmpeg": "FFmpeg's own command",
     "decoding": "decoding alone, PyAV on one thread",
 }
 

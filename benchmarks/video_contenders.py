@@ -4,11 +4,14 @@
 pipeline that Daft and Ray have published as their video benchmark: every frame, stretched to 640×640 → YOLO → Parquet
 with each detection's label, confidence, box and pixels as a PNG. Their scripts write the position of a detection in
 place of its class, and Daft's takes a box's second corner for its width and height; here both are right. Ray Data
-decodes with PyAV, as Daft does: `read_videos` needs decord, whose last release is of 2021.
+decodes with PyAV, as Daft does: `read_videos` needs decord, whose last release is of 2021. `decode`, `decode_full`: the
+frames alone in RGB, at the size that YOLO needs and at their own, on one thread, by ours and by FFmpeg's command.
 """
 
 import io
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from benchmarks.measuring import done
 SIDE = 640
 IMGSZ = 640
 HEIGHT, WIDTH = 720, 1280  # of the clips
+SMALL = 640  # the width at which YOLO needs them
 
 
 def shardsight(folder: str, out: str, weights: str) -> None:
@@ -84,6 +88,32 @@ def decoding(folder: str, out: str, weights: str) -> None:
     """PyAV alone, every frame to RGB: what no contender on one thread can pass."""
     for _ in _frames(folder, WIDTH, HEIGHT):
         done(1)
+
+
+def shardsight_decode(folder: str, out: str, weights: str, needed: tuple[int, int] | None = (SMALL, 0)) -> None:
+    """What a process of our job does for each video."""
+    from shardsight.decode.video import Sampling, read
+
+    for path in sorted(Path(folder).glob("*.mp4")):
+        with path.open("rb") as file:
+            done(sum(1 for _ in read(file, Sampling(), needed and (lambda width, height: needed))))
+
+
+def shardsight_decode_full(folder: str, out: str, weights: str) -> None:
+    shardsight_decode(folder, out, weights, None)
+
+
+def ffmpeg_decode(folder: str, out: str, weights: str, scale: str = f"scale={SMALL}:-1:flags=area,") -> None:
+    """FFmpeg's frames are counted, and dropped."""
+    for path in sorted(Path(folder).glob("*.mp4")):
+        command = ["ffmpeg", "-nostdin", "-threads", "1", "-filter_threads", "1", "-i", str(path)]
+        command += ["-vf", f"{scale}format=rgb24", "-f", "null", "-"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        done(int(re.findall(r"frame= *(\d+)", said)[-1]))
+
+
+def ffmpeg_decode_full(folder: str, out: str, weights: str) -> None:
+    ffmpeg_decode(folder, out, weights, "")
 
 
 def shardsight_crops(folder: str, out: str, weights: str, precision: str = "auto") -> None:
@@ -295,6 +325,8 @@ TASKS = {
         function.__name__.removesuffix("_crops"): function
         for function in (shardsight_crops, shardsight_exact_crops, ultralytics_crops, ray_data_crops, daft_crops)
     },
+    "decode": {"shardsight": shardsight_decode, "ffmpeg": ffmpeg_decode},
+    "decode_full": {"shardsight": shardsight_decode_full, "ffmpeg": ffmpeg_decode_full},
 }
 
 if __name__ == "__main__":

