@@ -13,6 +13,8 @@ from shardsight.decode.frames import default_fatal_signals
 from shardsight.models.info import ModelDied
 from shardsight.row import without_frames
 
+YOLO_SHARE = 0.125  # of a GPU that it shares with PaliGemma: one to three GB suffice
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -91,8 +93,9 @@ def plan(
     gpus_per_actor: float | None,
     labels: dict[str, str] | None = None,
 ) -> list[Stage]:
-    """Models' arguments by name → stages, sized to the nodes with these labels, of which each gets its share: an actor
-    a GPU; without one, an actor four threads, of which one is left to decoding.
+    """Models' arguments by name → stages, sized to the nodes with these labels: every GPU computes each of the models;
+    without GPUs, every four threads do. So its time goes to what needs it, whatever each model takes for a picture; see
+    benchmarks/SCALE.md.
 
     On a cluster that the job joins, nodes may come and go. A pool then has as many actors as it finds GPUs for. Without
     GPUs it does not grow, as its actors and decoding would take each other's CPUs; but it shrinks while its actors have
@@ -100,30 +103,52 @@ def plan(
     """
     nodes = cluster.nodes(labels)
     cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
-    share = (min(1.0, gpus / len(models)) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
+    shares = dict.fromkeys(models, gpus_per_actor) if gpus_per_actor is not None else _shares(list(models), gpus)
     largest = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     threads = min(largest, 4) or 4
-    if share:
-        count = max(1, int(gpus // (share * len(models))))
+    if together := sum(shares.values()):
+        count = max(1, int(gpus // together))
         reserved = float(cpus > count * len(models))
     else:
-        count = max(1, int(cpus // (threads * len(models))))
+        count = max(1, int(cpus // threads))
         # Reading keeps a CPU, also where other jobs hold some: it would wait for actors that wait for it.
         free = cluster.free_cpus() if cpus else 2.0
         reserved = max(0.0, min(threads - 1.0, (free - 1) / count) / len(models))
-    least, most = (count, count) if cluster.private() else (1, None if share else count)
+    least, most = (count, count) if cluster.private() else (1, None if together else count)
     stages = []
     for name, arguments in models.items():
         last = name == list(models)[-1]
-        stage = Stage(name, arguments, (least, most), count, reserved, share, threads, last, labels)
+        stage = Stage(name, arguments, (least, most), count, reserved, shares[name], threads, last, labels)
         low, _, high = (actors[stage.kind] or "").partition(":")
         stages.append(replace(stage, actors=(int(low), int(high or low)), initial=int(low)) if low else stage)
     return stages
 
 
+def _shares(names: list[str], gpus: float) -> dict[str, float]:
+    """Of a GPU, for each model's process. It bounds memory alone: of the time each takes what it needs."""
+    if not gpus or len(names) == 1:
+        return dict.fromkeys(names, float(gpus > 0))
+    small = YOLO_SHARE if "yolo" in names else 0.0
+    return {name: small if name == "yolo" else (1 - small) / (len(names) - (small > 0)) for name in names}
+
+
+def decoding(stages: list[Stage]) -> float:
+    """CPUs that Ray reserves for a process that reads and decodes. Without GPUs less than one: of four threads it
+    leaves one to decoding, but large pictures need three, and the models' threads rest meanwhile."""
+    return 1.0 if stages[0].gpus else 1.0 / max(1, stages[0].threads - 1)
+
+
 def decoders(stages: list[Stage]) -> int:
-    """How many processes read and decode at once: as many as the models leave CPUs."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)))
+    """How many processes read and decode at once: as many as find room beside the models."""
+    left = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)
+    return max(1, int(left / decoding(stages) + 1e-6))
+
+
+def block(stages: list[Stage], usual: int) -> int:
+    """Rows of a table of frames, at most. On a CPU PaliGemma may take seconds for each, which are seen together, and
+    lost together. Four tables, which an actor works on at once, are more than its engine's batch."""
+    slow = any(stage.kind == "paligemma" and not stage.gpus for stage in stages)
+    return 16 if slow else usual
 
 
 def gpu_memory(gpus: float) -> float:

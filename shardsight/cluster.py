@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -206,7 +207,9 @@ def waiting(requests: list[dict[str, float]], labels: dict[str, str] | None = No
 
 
 def _amounts(request: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in sorted(request.items()))
+    """CPUs are told in whole, as nodes have them."""
+    whole = {name: math.ceil(amount) if name == "CPU" else amount for name, amount in sorted(request.items())}
+    return " and ".join(f"{amount:g} {name}" for name, amount in whole.items())
 
 
 def _same(request: dict[str, float], other: Any) -> bool:

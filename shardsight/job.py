@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from os import PathLike
@@ -301,11 +301,13 @@ class _Run:
         if self.int8:
             arguments["yolo"]["network"] = self.int8.network
         stages = actors.plan(arguments, wanted, settings.gpus_per_actor, settings.label_selector or None)
+        load = replace(load, count=actors.block(stages, load.count))
         rows = pipeline.flow(units, load, stages, alone)
         self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)
+        expected = self._expected(totals)  # again with each file alone, as it looks at every unit
         if self.watcher:
-            self.watcher.begin(self.done.places, self._expected(totals))
+            self.watcher.begin(self.done.places, expected)
         watched = nullcontext() if alone else self.watch.watching(stages)
         with isolate.only_deaths(), one_machine.lean(), watched:
             labels = stages[0].labels
@@ -315,12 +317,14 @@ class _Run:
                     for stage, spent in written.stages.items():
                         self.stages[stage].update(spent)
                     metrics.written(written.stages, written.coverage.errors)
+                if finished:
+                    expected = self._expected(totals)
                 use = self._use()
                 metrics.now(use.shares(), self.watch.queue, self.watch.processes)
                 if self.watcher:
                     errors = sum(written.coverage.errors.total() for written in finished)
                     self.watcher.use(use.line(self.watch.queue))
-                    self.watcher.add(count, errors, self._expected(totals))
+                    self.watcher.add(count, errors, expected)
         return cluster.dead() > dead
 
     def _waited(self, seconds: float) -> None:

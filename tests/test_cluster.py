@@ -20,7 +20,7 @@ from ray._raylet import RAY_NODE_ACCELERATOR_TYPE_KEY, RAY_NODE_MARKET_TYPE_KEY
 from ray.scripts import scripts
 from ray.util.accelerators import NVIDIA_L4
 
-from shardsight.actors import plan
+from shardsight.actors import decoders, plan
 from shardsight.cluster import _credentials, living_cluster
 from shardsight.settings import UsageError
 from tests.conftest import BIN, ROOT, free_port, job_of, ray_head, start_job
@@ -181,6 +181,33 @@ def test_actors_leave_a_cpu_to_reading(monkeypatch: pytest.MonkeyPatch, free: fl
     monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: free)
     (stage,) = plan({"yolo": {}}, {"yolo": None}, None)
     assert stage.cpus == each
+
+
+@pytest.mark.parametrize(
+    "models, gpus, shares", [(["yolo"], 2, [1]), (["yolo", "paligemma"], 4, [1 / 8, 7 / 8]), (["yolo"], 0, [0])]
+)
+def test_every_gpu_computes_each_model(
+    monkeypatch: pytest.MonkeyPatch, models: list[str], gpus: int, shares: list[float]
+) -> None:
+    """GPUs of its own for YOLO would rest while PaliGemma, a hundred times as slow, has too few."""
+    monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [{"CPU": 32.0, "GPU": float(gpus)}])
+    monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: 32.0)
+    stages = plan({name: {} for name in models}, dict.fromkeys(models), None)
+    assert [stage.gpus for stage in stages] == shares
+    assert {stage.initial for stage in stages} == {gpus or 8}
+
+
+@pytest.mark.parametrize("cpus, gpus, count", [(2.0, 0.0, 1), (4.0, 0.0, 3), (32.0, 0.0, 24), (32.0, 1.0, 30)])
+def test_decoding_has_most_cores_where_it_needs_them(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, count: int
+) -> None:
+    """Of 32, three quarters at once: a photo of 12 megapixels takes longer to decode than to compute."""
+    node = {"CPU": cpus, "GPU": gpus}
+    monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [node])
+    monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: cpus)
+    monkeypatch.setattr("ray.cluster_resources", lambda: node)
+    stages = plan({"yolo": {}, "paligemma": {}}, {"yolo": None, "paligemma": None}, None)
+    assert decoders(stages) == count
 
 
 def start_python(program: str, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:

@@ -101,7 +101,7 @@ class Load:
 
     input: the model's, for which frames are shrunk; without, they keep their size. scaled: decode JPEGs and videos no
     larger than the model needs. keep_images: keep the encoded bytes in the row, of a video's frame a JPEG. sampling:
-    which frames of a video. size: of one table, in bytes.
+    which frames of a video. size, count: of one table, in bytes and in rows, at most.
     """
 
     storage: Storage
@@ -111,6 +111,7 @@ class Load:
     sampling: Sampling = EVERY_FRAME
     clips: Clips | None = None
     size: int = BYTES
+    count: int = ROWS
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with pickled Units in the column `unit` → tables of TABLE."""
@@ -127,7 +128,7 @@ class Load:
             held.append(row)
             size += len(row.get("frame") or b"") + len(row["image"] or b"")
             size += sum(len(frame["frame"]) for frame in row.get("clip") or [])
-            if size > self.size or len(held) == ROWS:
+            if size > self.size or len(held) == self.count:
                 yield self.table(held)
                 held, size = [], 0
         yield self.table(held)

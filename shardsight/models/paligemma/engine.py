@@ -205,6 +205,8 @@ class Engine:
 def load(info: PaliGemmaInfo, limits: Limits) -> LLMEngine:
     """Start vLLM, to compute in this thread. Raises ModelError."""
     torch.set_num_threads(limits.threads)
+    # Else vLLM, though told to be eager, compiles the rank of a token in C++: three seconds of the first answer.
+    torch._dynamo.config.disable = not torch.cuda.is_available()
     if not loaded():
         raise ModelError(
             "vLLM did not load shardsight's plugin, without which PaliGemma gives wrong answers: install the "
