@@ -290,6 +290,7 @@ class _Run:
         """Returns whether nodes of the cluster died meanwhile."""
         # Imported here: a restart that finds everything done does not need Ray, which takes seconds and 80 MB.
         from shardsight import actors, cluster, isolate, one_machine, pipeline, watching, writing
+        from shardsight.decode import split
         from shardsight.metrics import JobMetrics
 
         settings = self.settings
@@ -302,6 +303,7 @@ class _Run:
             arguments["yolo"]["network"] = self.int8.network
         stages = actors.plan(arguments, wanted, settings.gpus_per_actor, settings.label_selector or None)
         load = replace(load, count=actors.block(stages, load.count))
+        units = split.shared(units, actors.decoders(stages))
         rows = pipeline.flow(units, load, stages, alone)
         self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardsight.decode.split import shared
 from shardsight.results.coverage import Coverage, hashes
 from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
-from shardsight.sources import InputError, Listing, pictures, read
+from shardsight.sources import InputError, Listing, Unit, pictures, read
 from shardsight.sources.units import resolve
 from shardsight.storage import Storage
 from tests.conftest import place, write_tar
@@ -217,3 +218,13 @@ def test_pictures_of_results(tmp_path: Path) -> None:
     gone = {"id": f"{tmp_path}/a.tar#gone.jpg", "uri": f"{tmp_path}/a.tar"}
     ((_, missing),) = pictures([gone], STORAGE)
     assert isinstance(missing, Failure) and missing.type == "NoImages"
+
+
+@pytest.mark.parametrize("readers, size", [(1, 75), (2, 37), (8, 16), (1000, 16)])
+def test_loose_files_suffice_for_all_readers(readers: int, size: int) -> None:
+    """Groups as they are listed would leave all but one process of a large machine idle over a folder of 256."""
+    files = [(f"{number}.jpg", f"version {number}") for number in range(300)]
+    groups = [Unit("files", None, *zip(*some, strict=True)) for some in (files[:256], files[256:])]
+    units = shared([Unit("tar", "a.tar"), *groups], readers)
+    assert units[0] == Unit("tar", "a.tar") and max(len(unit.files) for unit in units) == size
+    assert [one for unit in units[1:] for one in zip(unit.files, unit.versions, strict=True)] == files
