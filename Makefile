@@ -10,7 +10,7 @@ LOCK = $(if $(filter gpu,$(EXTRA)),requirements-gpu.lock,requirements.lock)
 # would compile all that it imports: half a minute for vLLM instead of ten seconds.
 INSTALL = --constraint $(LOCK) --compile-bytecode --editable
 
-.PHONY: install demo serve test browser chaos cluster bench bench-install load accuracy tokens tune-proofs commands lint lock clean
+.PHONY: install demo serve test browser chaos cluster bench bench-all bench-install load accuracy tokens tune-proofs commands lint lock clean
 
 install: .venv/installed
 
@@ -34,6 +34,10 @@ test: lint
 # Ours and the peers on the same work; for an hour nothing else should run on the machine.
 bench: bench-install
 	$(BIN)/python -m benchmarks.throughput --record
+
+# All other contests: videos, PaliGemma, both models, the service, and a job as it grows. Two hours.
+bench-all: bench
+	for contest in video paligemma both servers growth; do $(BIN)/python -m benchmarks.$$contest --record || exit 1; done
 
 # The service under load: closed loops, and two minutes of twice what it can.
 load: bench-install

@@ -59,7 +59,7 @@ Found = dict[tuple[str, tuple[int, int]], list[Figures]]
 def serving(name: str, folder: Path, paligemma: Path | None) -> Iterator[str]:
     """Its address. paligemma: what is asked; of peers, alone."""
     if name.startswith("shardsight"):
-        models = {"paligemma": str(paligemma), "max_tokens": TOKENS} if paligemma else {}
+        models = {"yolo": None, "paligemma": str(paligemma), "max_tokens": TOKENS} if paligemma else {"paligemma": []}
         precision = "fp32" if name == "shardsight_exact" else "auto"
         with running(folder, imgsz=640, precision=precision, **models) as service:
             yield service.url

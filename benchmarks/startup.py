@@ -40,7 +40,7 @@ class Noted(actors.Annotator):
         ended("torch")
         super().__init__(*arguments)
         ended("ultralytics and the weights")
-        _ = self.model.compiled
+        _ = self.model.compiled.together
         ended("the network, compiled before")
 
     def __call__(self, table: Any) -> Any:
