@@ -256,6 +256,7 @@ def test_one_that_fails_costs_itself_alone(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "out" / "detect.torchscript").exists()
 
 
+@pytest.mark.slow
 def test_in_and_from_a_store(annotate: Any, s3: S3, jpegs: list[bytes], tmp_path: Path) -> None:
     """Weights, exports that are files and folders, and calibration pictures may lie in one."""
     bucket = s3.bucket("models")

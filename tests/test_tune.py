@@ -169,6 +169,7 @@ def test_a_trial_that_fails_is_a_row(tune: Tune, tmp_path: Path, annotate: Calla
     assert code == 2 and ("has changed" in err or "has a sweep with space" in err)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_bit_for_bit(tune: Tune, tmp_path: Path) -> None:
     """Of two trainings with the same settings the process of one is killed: both report the same, to the last bit."""
     data = make_data(tmp_path / "data")
