@@ -35,7 +35,7 @@ test: lint
 bench: bench-install
 	$(BIN)/python -m benchmarks.throughput --record
 
-# All other contests: videos, PaliGemma, both models, the service, and a job as it grows. Two hours.
+# All other contests: videos, PaliGemma, both models, the service, and a job as it grows. Hours.
 bench-all: bench
 	for contest in video paligemma both servers growth; do $(BIN)/python -m benchmarks.$$contest --record || exit 1; done
 

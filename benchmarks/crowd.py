@@ -1,7 +1,7 @@
 """Locust's clients for benchmarks.service: each asks one thing after the other, once a REST seconds.
 
 By FORM: none, the service's own, one picture at /v1/annotate or EACH at a time by the Open Inference Protocol; files,
-EACH in a form, as the peers take them; chat, a picture and PROMPT by OpenAI's protocol.
+EACH in a form, as the peers take them; chat, a picture and PROMPT by OpenAI's protocol, for an answer of TOKENS.
 """
 
 import base64
@@ -16,6 +16,7 @@ from locust import FastHttpUser, constant_throughput, task
 REST = float(os.environ["REST"])  # 0: as soon as it is answered
 FORM = os.environ.get("FORM", "")
 PROMPT = os.environ.get("PROMPT", "")
+TOKENS = int(os.environ.get("TOKENS", "0"))
 EACH = int(os.environ.get("EACH", "1"))
 
 
@@ -40,7 +41,7 @@ def _files(path: str, pictures: list[bytes]) -> tuple[str, bytes, dict[str, str]
 def _chat(pictures: list[bytes]) -> tuple[str, bytes, dict[str, str]]:
     uris = [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
     content = [{"type": "text", "text": PROMPT}, *({"type": "image_url", "image_url": {"url": uri}} for uri in uris)]
-    asked = {"model": "paligemma", "temperature": 0, "max_tokens": 16}
+    asked = {"model": "paligemma", "temperature": 0, "max_tokens": TOKENS}
     body = json.dumps(asked | {"messages": [{"role": "user", "content": content}]}).encode()
     return "/v1/chat/completions", body, {"content-type": "application/json"}
 

@@ -6,6 +6,7 @@ drawn scenes, by hard links, as many as are asked for. Nothing else should run o
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -43,23 +44,19 @@ def main() -> None:
     measuring.options(parser, rounds=1)
     args = parser.parse_args()
     sizes = sorted(args.sizes)[:2] if args.quick else sorted(args.sizes)
-    lines = [
-        "| pictures | whole command, s | ms a picture | driver, MB | all processes, MB | DuckDB counts labels, s |"
-    ]
-    lines += ["|---:|---:|---:|---:|---:|---:|"]
-    runs: measuring.Runs = {"shardsight": {size: [] for size in sizes}}
+    columns = ["pictures", "whole command, s", "ms a picture", "driver, MB", "all processes, MB"]
+    lines = ["| " + " | ".join([*columns, "DuckDB counts labels, s"]) + " |", "|---:|---:|---:|---:|---:|---:|"]
     with tempfile.TemporaryDirectory() as work:
-        read: dict[int, float] = {}
         for size in sizes:
             make_pictures(Path(work) / str(size), size)
-        for turn in range(args.rounds):
-            for size in sizes:
-                out = Path(work) / f"out-{size}-{turn}"
-                command = ("benchmarks.contenders", "shardsight", Path(work) / str(size), out)
-                run = measuring.measure(*command, WEIGHTS / "detect.pt", IMGSZ)
-                runs["shardsight"][size].append(run)
-                read[size] = counted(out, size)
-                print(f"{size:,}: {run}", flush=True)
+
+        def command(name: str, size: int) -> list[object]:
+            out = Path(work) / f"out-{size}"
+            shutil.rmtree(out, ignore_errors=True)
+            return ["benchmarks.contenders", name, Path(work) / str(size), out, WEIGHTS / "detect.pt", IMGSZ]
+
+        runs = measuring.contest(["shardsight"], sizes, args.rounds, command)
+        read = {size: counted(Path(work) / f"out-{size}", size) for size in sizes}
     for size, some in runs["shardsight"].items():
         seconds, rate = measuring.median(some, "seconds"), measuring.median(some, "rate")
         driver, peak = measuring.median(some, "own_mb"), measuring.median(some, "peak_mb")

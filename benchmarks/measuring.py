@@ -70,7 +70,6 @@ def measure(*command: object) -> Run:
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, command)], stdout=said, stderr=said, env=environment
         )
-        meter.main = process.pid
         code = process.wait()
         seconds = time.perf_counter() - began
         meter.end()
@@ -78,23 +77,16 @@ def measure(*command: object) -> Run:
             said.seek(0)
             sys.exit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
         first, rate = stream(noted.read())
-        return Run(
-            seconds,
-            first and first - at,
-            rate,
-            meter.cpu_seconds,
-            meter.peak / 2**20,
-            meter.own_peak / 2**20,
-            meter.others,
-        )
+        memory = meter.peak / 2**20, meter.memory.get(process.pid, 0) / 2**20
+        return Run(seconds, first and first - at, rate, meter.cpu_seconds, *memory, meter.others)
 
 
 class _Meter:
-    """Watches the descendants of this process, of which `main` is one, and the machine."""
+    """Watches the descendants of this process, and the machine. cpu, memory: seconds and most bytes of each."""
 
     def __enter__(self) -> "_Meter":
-        self.cpu, self.over = dict[int, float](), threading.Event()
-        self.main, self.peak, self.own_peak = 0, 0, 0
+        self.cpu, self.memory = dict[int, float](), dict[int, int]()
+        self.peak, self.over = 0, threading.Event()
         self.own, self.before = psutil.Process().cpu_times(), psutil.cpu_times()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -109,17 +101,16 @@ class _Meter:
 
     def _watch(self) -> None:
         while not self.over.wait(EVERY):
-            memory = 0
+            together = 0
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error, OSError):
                     times = process.cpu_times()
                     self.cpu[process.pid] = times.user + times.system
                     found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.M)
                     taken = 1024 * int(found[1]) if found else 0
-                    memory += taken
-                    if process.pid == self.main:
-                        self.own_peak = max(self.own_peak, taken)
-            self.peak = max(self.peak, memory)
+                    self.memory[process.pid] = max(taken, self.memory.get(process.pid, 0))
+                    together += taken
+            self.peak = max(self.peak, together)
 
     def end(self) -> None:
         """Wait for what the command has left behind, and end it."""

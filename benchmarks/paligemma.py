@@ -5,9 +5,9 @@ with one prompt a picture and with four. `engine` and `generate` are asked the s
 `ray_data_llm` go from JPEGs to Parquet. See measuring.py: the first answers, which each waits for its engine's start,
 do not count for the rate.
 
-vLLM's own contenders see a prompt in one direction only, which is not PaliGemma. ray.data.llm starts vLLM in another
-process, where our plugin refuses to run, and keeps vLLM's cache of prefixes; with attention in both directions a prefix
-depends on what follows it, so there is none to keep.
+`generate` has our plugin, and its tokens have to be the engine's. `generate_causal` and ray.data.llm, which starts vLLM
+in another process, where the plugin refuses to run, see a prompt in one direction only, which is not PaliGemma.
+ray.data.llm also keeps vLLM's cache of prefixes; in both directions a prefix depends on what follows, and none is kept.
 """
 
 import argparse
@@ -48,6 +48,13 @@ def limits(size: int) -> dict[str, Any]:
         "max_num_seqs": 32,
         "max_num_batched_tokens": max(2048, tokens),
     }
+
+
+def draw(folder: Path, count: int) -> None:
+    """So many scenes, of 224×224, as JPEGs."""
+    folder.mkdir()
+    for number, scene in enumerate(scenes(count, 1)):
+        (folder / f"{number:05}.jpg").write_bytes(jpeg(scene))
 
 
 def random_model(folder: Path, size: int) -> Path:
@@ -181,10 +188,8 @@ def main() -> None:
 
 def compared(work: Path, names: list[str], size: int, prompts: int, count: int, args: argparse.Namespace) -> str:
     """The table of one task. Exits where tokens of the engine are not those of vLLM's own with our plugin."""
-    folder, outs = work / f"{size}-{prompts}", work / "outs"
-    folder.mkdir()
-    for number, scene in enumerate(scenes(count, 1)):
-        (folder / f"{number:05}.jpg").write_bytes(jpeg(scene))
+    folder, outs, rounds = work / f"{size}-{prompts}", work / "outs", 1 if args.quick else args.rounds
+    draw(folder, count)
     model = work / f"model-{size}"
     if not model.exists():
         random_model(model, size)
@@ -193,10 +198,9 @@ def compared(work: Path, names: list[str], size: int, prompts: int, count: int, 
         shutil.rmtree(outs / name, ignore_errors=True)
         return ["benchmarks.paligemma", "--run", name, folder, outs / name, model, size, prompts]
 
-    runs = measuring.contest(names, [count], 1 if args.quick else args.rounds, command)
+    runs = measuring.contest(names, [count], rounds, command)
     if len({(outs / name / "tokens.json").read_text() for name in names if name in ("engine", "generate")}) > 1:
         sys.exit("the engine's tokens are not those of LLM.generate")
-    (rounds,) = {len(run) for one in runs.values() for run in one.values()}
     work_done = (
         f"{count} pictures, prompts a picture: {prompts}, {TOKENS} tokens an answer, fp32, median of {rounds} rounds"
     )

@@ -15,19 +15,17 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
 from benchmarks import measuring
-from benchmarks.paligemma import PROMPTS, SMALLER, TOKENS, random_model
+from benchmarks.paligemma import PROMPTS, SMALLER, TOKENS, draw, random_model
 from benchmarks.service import crowd
 from benchmarks.throughput import make_pictures
 from demo.run import WEIGHTS
-from demo.scenes import scenes
-from demo.writers import jpeg
 from tests.chaos.service import running, within
 from tests.conftest import free_port
 
@@ -75,12 +73,12 @@ def serving(name: str, folder: Path, paligemma: Path | None) -> Iterator[str]:
                 sys.exit(f"{name} failed:\n{Path(log.name).read_text()[-3000:]}")
             yield url
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # it has failed, and left nobody
+                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def _answers(url: str) -> bool:
@@ -94,14 +92,16 @@ def _answers(url: str) -> bool:
 def asked(name: str, url: str, pictures: Path, load: tuple[int, int], seconds: float, prompt: str) -> Figures:
     clients, each = load
     waited = seconds * (1 if clients * each < 256 else 4)  # so that each client is answered several times
-    found = crowd(url, pictures, clients, waited, each=each, form=_form(name, prompt), prompt=prompt)
+    found = crowd(url, pictures, clients, waited, each=each, **_request(name, prompt))
     rate, middle, _, last, _ = found.get(200, (0.0,) * 5)
     return Figures(rate, middle, last, sum(one[0] / each for status, one in found.items() if status != 200))
 
 
-def _form(name: str, prompt: str) -> str:
-    """Of benchmarks.crowd."""
-    return "chat" if prompt else "" if name.startswith("shardsight") else "files"
+def _request(name: str, prompt: str) -> dict[str, Any]:
+    """What benchmarks.crowd sends."""
+    if prompt:
+        return {"form": "chat", "prompt": prompt, "tokens": TOKENS}
+    return {"form": "" if name.startswith("shardsight") else "files"}
 
 
 def main() -> None:
@@ -117,9 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder, pictures, small = Path(work), Path(work) / "pictures", Path(work) / "small"
         make_pictures(pictures, 320)
-        small.mkdir()
-        for number, scene in enumerate(scenes(320, 1)):
-            (small / f"{number:05}.jpg").write_bytes(jpeg(scene))
+        draw(small, 320)
         paligemma = random_model(folder / "paligemma", SMALLER)
         tasks = {
             "pictures": (PICTURES, loads, pictures, None, ""),
@@ -132,7 +130,7 @@ def main() -> None:
             for _ in range(rounds):
                 for name in names:
                     with serving(name, folder, model) as url:
-                        warm = crowd(url, shown, 8, 5, form=_form(name, prompt), prompt=prompt)
+                        warm = crowd(url, shown, 8, 5, **_request(name, prompt))
                         if list(warm) != [200]:
                             sys.exit(f"{name} answers with {', '.join(map(str, warm))}")
                         for load in some:

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 def crowd(url: str, pictures: Path, clients: int, seconds: float, rest: float = 0, **more: Any) -> Any:
     """{status: (pictures per second, median, 95th and 99th percentile and longest in ms)}, by locust. more: `form`,
-    `prompt`, `each`, of benchmarks.crowd."""
+    `prompt`, `tokens`, `each`, of benchmarks.crowd."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "crowd"
         command = [sys.executable, "-m", "locust", "--locustfile", HERE / "crowd.py", "--headless"]

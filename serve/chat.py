@@ -160,12 +160,12 @@ def add(api: FastAPI, gateway: Gateway) -> None:
         name, sampling = known(asked.model), asked.sampling(gateway.arguments.max_tokens)
         text, image = _question(asked.messages)
         frame = await gateway.pictures.frame((await gateway.pictures.fetch(image))[1], {name: gateway.models[name]})
-        parts = gateway.generate(name, frame, text, sampling, bool(asked.stream))
-        first = await anext(parts)  # a refusal is raised here, before the response has begun
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
+            parts = gateway.generate(name, frame, text, sampling)
+            first = await anext(parts)  # a refusal is raised here, before the response has begun
             return StreamingResponse(_events(head, first, parts, asked), media_type="text/event-stream")
-        last = [first, *[part async for part in parts]][-1]
+        last = await gateway.whole(name, frame, text, sampling)
         choice = {"index": 0, "message": {"role": "assistant", "content": last["text"], "refusal": None}}
         choice |= {"finish_reason": last["finish_reason"], "logprobs": _logprobs(last, 0) if asked.logprobs else None}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(last)})

@@ -25,6 +25,7 @@ from serve.videos import TABLE_BYTES, Video, read
 from shardsight.decode.frames import Load
 from shardsight.models import selection
 from shardsight.models.info import ModelDied
+from shardsight.models.paligemma.answers import Generated
 from shardsight.models.paligemma.prompts import Prompt, Sampling
 from shardsight.models.selection import ModelInfos
 from shardsight.models.yolo.info import YoloInfo
@@ -159,38 +160,42 @@ class PaliGemmaReplica(Replica):
                     one.cancel()
 
     async def whole(self, frame: np.ndarray, text: str, sampling: Sampling) -> dict[str, Any]:
-        """The answer at its end, of `generate`; a call whose result is no stream takes Serve less time."""
-        return [part async for part in self.generate(frame, text, sampling, False)][-1]
+        """What `generate` ends with; a call whose result is no stream takes Serve less time. Raises ModelDied,
+        Failure."""
+        prompt = Prompt.of(text)
+        with self.noting_failure():
+            return self._end(await asyncio.wrap_future(self.model.ask(frame, prompt, sampling)), prompt, [])
 
-    async def generate(
-        self, frame: np.ndarray, text: str, sampling: Sampling, stream: bool
-    ) -> AsyncIterator[dict[str, Any]]:
-        """The answer so far, after each token with `stream`, and at its end: `text`, `tokens`, `logprobs` and
-        `finish_reason`; at the end also `prompt_tokens`. Raises ModelDied, Failure."""
+    async def generate(self, frame: np.ndarray, text: str, sampling: Sampling) -> AsyncIterator[dict[str, Any]]:
+        """The answer so far, after each token and at its end: `text`, `tokens`, `logprobs` and `finish_reason`; at the
+        end also `prompt_tokens`. Raises ModelDied, Failure."""
         loop, generated = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        prompt, reader = Prompt.of(text), self.model.reader
-        tokens: list[str] = []
+        prompt, tokens = Prompt.of(text), list[str]()
 
         def put(one: Any) -> None:
             loop.call_soon_threadsafe(generated.put_nowait, one)
 
-        def part(one: Any) -> dict[str, Any]:
-            tokens.extend(reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
-            so_far = {"text": reader.text(one), "tokens": tokens[: len(one.ids)], "logprobs": one.logprobs}
-            return so_far | {"finish_reason": None}
-
         with self.noting_failure():
-            future = self.model.ask(frame, prompt, sampling, put if stream else None)
+            future = self.model.ask(frame, prompt, sampling, put)
             future.add_done_callback(lambda _: put(None))
             try:
                 while (one := await generated.get()) is not None:
-                    yield part(one)
-                whole = future.result()
-                self.tokens.inc(len(whole.ids))
-                used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
-                yield part(whole) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
+                    yield self._part(one, tokens)
+                yield self._end(future.result(), prompt, tokens)
             finally:
                 future.cancel()
+
+    def _part(self, one: Generated, tokens: list[str]) -> dict[str, Any]:
+        """tokens: as text, of the parts before; it gains the new ones."""
+        reader = self.model.reader
+        tokens.extend(reader.vocabulary.decode([token]) for token in one.ids[len(tokens) :])
+        so_far = {"text": reader.text(one), "tokens": tokens[: len(one.ids)], "logprobs": one.logprobs}
+        return so_far | {"finish_reason": None}
+
+    def _end(self, whole: Generated, prompt: Prompt, tokens: list[str]) -> dict[str, Any]:
+        self.tokens.inc(len(whole.ids))
+        used = self.model.info.image_tokens + 1 + len(self.model.encode(prompt.text))
+        return self._part(whole, tokens) | {"finish_reason": whole.finish_reason, "prompt_tokens": used}
 
 
 class Gateway:
@@ -226,14 +231,16 @@ class Gateway:
             return False
         return True
 
+    async def whole(self, name: str, frame: np.ndarray, text: str, sampling: Sampling) -> dict[str, Any]:
+        """As PaliGemmaReplica.whole. Raises Problem."""
+        found: dict[str, Any] = await _result(self.handles[name].whole.remote(frame, text, sampling))
+        return found
+
     async def generate(
-        self, name: str, frame: np.ndarray, text: str, sampling: Sampling, stream: bool
+        self, name: str, frame: np.ndarray, text: str, sampling: Sampling
     ) -> AsyncIterator[dict[str, Any]]:
         """As PaliGemmaReplica.generate. Raises Problem."""
-        if not stream:
-            yield await _result(self.handles[name].whole.remote(frame, text, sampling))
-            return
-        response = self.handles[name].options(stream=True).generate.remote(frame, text, sampling, True)
+        response = self.handles[name].options(stream=True).generate.remote(frame, text, sampling)
         try:
             with _failures_as_problems():
                 async for part in response:

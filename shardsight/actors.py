@@ -126,10 +126,11 @@ def plan(
 
 def _shares(names: list[str], gpus: float) -> dict[str, float]:
     """Of a GPU, for each model's process. It bounds memory alone: of the time each takes what it needs."""
-    if not gpus or len(names) == 1:
+    others = [name for name in names if name != "yolo"]
+    if not gpus or not others:
         return dict.fromkeys(names, float(gpus > 0))
-    small = YOLO_SHARE if "yolo" in names else 0.0
-    return {name: small if name == "yolo" else (1 - small) / (len(names) - (small > 0)) for name in names}
+    yolo = {"yolo": YOLO_SHARE} if "yolo" in names else {}
+    return yolo | dict.fromkeys(others, (1 - sum(yolo.values())) / len(others))
 
 
 def decoding(stages: list[Stage]) -> float:
@@ -141,7 +142,12 @@ def decoding(stages: list[Stage]) -> float:
 def decoders(stages: list[Stage]) -> int:
     """How many processes read and decode at once: as many as find room beside the models."""
     left = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)
-    return max(1, int(left / decoding(stages) + 1e-6))
+    return max(1, room(stages, left))
+
+
+def room(stages: list[Stage], cpus: float) -> int:
+    """How many processes that read and decode these CPUs have room for."""
+    return int(cpus / decoding(stages) + 1e-6)
 
 
 def block(stages: list[Stage], usual: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from shardsight import cluster
-from shardsight.actors import Stage, decoding
+from shardsight.actors import Stage, decoding, room
 from shardsight.tracking import OPEN
 
 EVERY = 0.5  # seconds between two looks
@@ -70,7 +70,7 @@ class Watch:
         self._count_models(models, passed)
         alive = [pool.num_alive_actors() for pool, _ in pools]
         running = sum(op.metrics.num_tasks_running for op, _ in tasks)
-        free = int(cluster.free_cpus() / decoding(self.stages))
+        free = room(self.stages, cluster.free_cpus())
         readers = running + free if tasks else OPEN * alive[0]  # tracking's actors have readers of their own
         self.processes |= {"read": readers, "decode": readers}
         if running or not tasks:
