@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -164,9 +165,9 @@ def table(runs: Runs, labels: Mapping[str, str], peers: Sequence[str], unit: str
     for name, one in runs.items():
         waited = [median(one[sizes[0]], "first"), *(median(one[size], "seconds") for size in sizes)]
         whole = ["" if name in bare else f"{seconds:.1f}" for seconds in waited]
-        against = _against(one[largest], runs[fastest][largest]) if fastest else ""
+        ratio = against(one[largest], runs[fastest][largest]) if fastest else ""
         cost = ["", ""] if name in bare else [f"{median(one[largest], key):,.0f}" for key in ("cpu_seconds", "peak_mb")]
-        lines.append("| " + " | ".join([labels[name], *whole, f"{found[name]:.1f}", against, *cost]) + " |")
+        lines.append("| " + " | ".join([labels[name], *whole, f"{found[name]:.1f}", ratio, *cost]) + " |")
     return "\n".join(lines)
 
 
@@ -176,7 +177,8 @@ def median(runs: Sequence[Run], key: str) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def _against(runs: Sequence[Run], others: Sequence[Run]) -> str:
+def against(runs: Sequence[Any], others: Sequence[Any]) -> str:
+    """The ratio of their `rate`, round by round: its median (least–most); empty where there is none."""
     ratios = [run.rate / other.rate for run, other in zip(runs, others, strict=True) if run.rate and other.rate]
     if not ratios:
         return ""

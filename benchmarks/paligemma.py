@@ -57,13 +57,15 @@ def draw(folder: Path, count: int) -> None:
         (folder / f"{number:05}.jpg").write_bytes(jpeg(scene))
 
 
-def random_model(folder: Path, size: int) -> Path:
-    """Whose tower is to its decoder as that of a PaliGemma of 3B."""
+def random_model(folder: Path, size: int, wide: int = 1) -> Path:
+    """Whose tower is to its decoder as that of a PaliGemma of 3B. It has 7 million parameters; 60 million if 3 times
+    as `wide`."""
     from tests.small_paligemma import as_published, make
 
-    decoder = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    widths, layers = {"hidden_size": 128 * wide, "intermediate_size": 512 * wide}, {"num_hidden_layers": 6}
+    tower = widths | layers | {"num_attention_heads": 4 * wide}
+    decoder = {name: 2 * width for name, width in widths.items()} | layers | {"num_attention_heads": 4 * wide}
     decoder |= {"head_dim": 64, "max_position_embeddings": 2048}
-    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
     return as_published(make(folder, "gemma", ends=False, size=size, tower=tower, **decoder))
 
 

