@@ -4,7 +4,6 @@ A record that kills its process twice while it is alone in it becomes an error r
 """
 
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from shardsight.errors import Fault
 from shardsight.models.info import ModelDied
 from shardsight.results.coverage import Ranges, merge
 from shardsight.row import ERROR, Failure, with_column, without_frames
-from shardsight.sources import Record, Unit, printable, read
+from shardsight.sources import Record, Unit, printable, read, unpack
 
 # Of processes and nodes. An object is lost with the node that holds it.
 DEATHS = (WorkerCrashedError, RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
@@ -99,9 +98,9 @@ class Isolate:
         self.dead = 0  # records in a row
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table with pickled Units in the column `unit` → annotated rows. Raises Fault, ModelDied."""
-        for pickled in batch["unit"].to_pylist():
-            yield from self.unit(pickle.loads(pickled))
+        """A table with packed Units in the column `unit` → annotated rows. Raises Fault, ModelDied."""
+        for packed in batch["unit"].to_pylist():
+            yield from self.unit(unpack(packed))
 
     def unit(self, unit: Unit) -> Iterator[pa.Table]:
         suspect, deaths = ("", 0), 0

@@ -274,23 +274,25 @@ class _Run:
         return f"{kind}: {said[:300]}; {path} has the traceback"
 
     def _passes(self) -> None:
-        units, kinds = self.listing.left(self.done), list(PASSES)
-        while left := list(units):
+        kinds = list(PASSES)
+        while not self._complete():
             if not kinds:
                 raise Fault("some inputs are missing from the results")
             before = self.done.rows
-            nodes_died = self._pass(left, kinds[0] == "isolated")
+            nodes_died = self._pass(kinds[0] == "isolated")
             self.done = self.results.done()
             self._drop_cut_off()
             if not nodes_died or self.done.rows <= before:
                 kinds.pop(0)
-            units = self.listing.left(self.done)
 
-    def _pass(self, units: list[Any], alone: bool) -> bool:
+    def _complete(self) -> bool:
+        """Whether each input that was listed is there."""
+        return all(map(self.done.complete, self.listing.units)) and self.listing.files.within(self.done.files)
+
+    def _pass(self, alone: bool) -> bool:
         """Returns whether nodes of the cluster died meanwhile."""
         # Imported here: a restart that finds everything done does not need Ray, which takes seconds and 80 MB.
         from shardsight import actors, cluster, isolate, one_machine, pipeline, watching, writing
-        from shardsight.decode import split
         from shardsight.metrics import JobMetrics
 
         settings = self.settings
@@ -303,7 +305,7 @@ class _Run:
             arguments["yolo"]["network"] = self.int8.network
         stages = actors.plan(arguments, wanted, settings.gpus_per_actor, settings.label_selector or None)
         load = replace(load, count=actors.block(stages, load.count))
-        units = split.shared(units, actors.decoders(stages))
+        units = self.listing.left(self.done, actors.decoders(stages))
         rows = pipeline.flow(units, load, stages, alone)
         self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)
@@ -347,14 +349,13 @@ class _Run:
         for (stage, type), count in sorted(done.errors.items()):
             errors.setdefault(stage, {})[type] = count
         listed = [done.units[name] for name in self.listing.units if name in done.units]
-        complete = all(map(done.complete, self.listing.units)) and self.listing.files.within(done.files)
         self.content |= {
             "inputs": len(self.listing.files) + sum(unit.total or 0 for unit in listed),
             "rows": done.rows,
             "resumed_rows": self.before,
             "errors": errors,
             "ignored": dict((self.listing.ignored + done.ignored).most_common()),
-            "exactly_once": complete and done.rows == done.places,
+            "exactly_once": self._complete() and done.rows == done.places,
             "seconds": round(seconds, 3),
             "rows_per_second": round((done.rows - self.before) / seconds, 3),
             **self._stages(errors),

@@ -3,8 +3,8 @@
 Where videos are tracked, YOLO's actors have the units read and decoded themselves: see tracking.
 """
 
-import pickle
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from shardsight.decode.split import FRAMES, Split, is_long
 from shardsight.decode.video import Sampling
 from shardsight.isolate import isolated
 from shardsight.results.coverage import Coverage
-from shardsight.sources import Listing, Unit
+from shardsight.sources import Listing, Unit, pack
 from shardsight.storage import Storage
 from shardsight.tracking import OPEN, TrackingAnnotator
 from shardsight.watching import Hook
@@ -28,29 +28,31 @@ def read(*inputs: str, storage: dict[str, str] | None = None, **frames: Any) -> 
     one row per picture and per frame of a video, with an `error` and no `frame` where it cannot be decoded. frames:
     which of a video, as fps, every or keyframes of `annotate`. Raises UsageError."""
     store = Storage(storage or {})
-    units = list(Listing(list(inputs), store).left(Coverage()))
-    return _decoded(units, Load(store, sampling=Sampling(**frames)))
+    units = Listing(list(inputs), store).left(Coverage())
+    return _decoded(_packed(units), Load(store, sampling=Sampling(**frames)))
 
 
-def _blocks(units: list[Unit]) -> Dataset:
-    """A table of a unit each, in the column `unit`."""
-    return ray.data.from_items(
-        [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=min(len(units), 5000)
-    )
+def _packed(units: Iterable[Unit]) -> list[dict[str, Any]]:
+    """Each packed as `unit`, and whether it is `long`."""
+    return [{"unit": pack(unit), "long": is_long(unit)} for unit in units]
 
 
-def _decoded(units: list[Unit], load: Load, **options: Any) -> Dataset:
+def _blocks(units: list[dict[str, Any]]) -> Dataset:
+    return ray.data.from_items(units, override_num_blocks=min(len(units), 5000))
+
+
+def _decoded(units: list[dict[str, Any]], load: Load, **options: Any) -> Dataset:
     """Units → frames; of a long video, its parts in several tasks, unless a clip may go from one into the next."""
     blocks = _blocks(units)
-    if not load.clips and any(map(is_long, units)):
+    if not load.clips and any(unit["long"] for unit in units):
         blocks = blocks.map_batches(Split(load.storage, load.sampling, FRAMES), batch_size=1, batch_format="pyarrow")
         blocks = blocks.repartition(target_num_rows_per_block=1)
     return blocks.map_batches(load, batch_size=1, batch_format="pyarrow", **options)
 
 
-def flow(units: list[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
+def flow(left: Iterable[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
     """Units → annotated rows. Rows in a process that died are missing, unless each record is isolated."""
-    context = DataContext.get_current()
+    units, context = _packed(left), DataContext.get_current()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [Hook]
     context.execution_options.resource_limits = one_machine.limits(stages)

@@ -1,7 +1,6 @@
 """Units → tracked rows. A video's frames pass through one process in order; those of several videos are detected in one
 batch."""
 
-import pickle
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import ray
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load, default_fatal_signals
 from shardsight.isolate import DEATHS
-from shardsight.sources import Unit
+from shardsight.sources import Unit, pack, unpack
 
 OPEN = 4  # videos that a process tracks at the same time
 
@@ -23,9 +22,9 @@ class TrackingAnnotator:
         self.read = _read.options(label_selector=stage.labels)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table with pickled Units in the column `unit` → rows. If the process that reads a unit dies, the rest of
+        """A table with packed Units in the column `unit` → rows. If the process that reads a unit dies, the rest of
         its rows are missing."""
-        readers = [self.read.remote(pickle.loads(pickled), self.load) for pickled in batch["unit"].to_pylist()]
+        readers = [self.read.remote(unpack(packed), self.load) for packed in batch["unit"].to_pylist()]
         while readers:
             tables = []
             for reader in list(readers):
@@ -41,4 +40,4 @@ class TrackingAnnotator:
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=2)
 def _read(unit: Unit, load: Load) -> Iterator[pa.Table]:
     default_fatal_signals()
-    yield from load(pa.table({"unit": pa.array([pickle.dumps(unit)], pa.binary())}))
+    yield from load(pa.table({"unit": pa.array([pack(unit)], pa.binary())}))

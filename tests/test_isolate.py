@@ -1,7 +1,6 @@
 """Records that end the process they are in."""
 
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from shardsight.decode.video import VideoFrame
 from shardsight.errors import Fault
 from shardsight.models.yolo.info import inspect
 from shardsight.row import Failure, without_frames
-from shardsight.sources import Record, Unit
+from shardsight.sources import Record, Unit, pack
 from shardsight.storage import Storage
 from tests.clips import encode
 from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
@@ -214,7 +213,7 @@ def test_a_fatal_signal_ends_the_process(tmp_path: Path, jpegs: list[bytes], one
 
     write_tar(tmp_path / "a.tar", [("0.jpg", jpegs[0])])
     unit, load = Unit("tar", str(tmp_path / "a.tar")), Telling(Storage(), inspect(str(detector)).input)
-    batch = pa.table({"unit": [pickle.dumps(unit)]})
+    batch = pa.table({"unit": [pack(unit)]})
     (slow,) = carefully(unit, load)
     fresh = ray.remote(Echo).options(num_cpus=0).remote()
     (quick,) = ray.get(fresh.__ray_call__.remote(lambda _: pa.concat_tables(load(batch)).to_pylist()))

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsight.decode.split import shared
 from shardsight.results.coverage import Coverage, hashes
 from shardsight.results.writer import FOOTER
 from shardsight.row import Failure
-from shardsight.sources import InputError, Listing, Unit, pictures, read
+from shardsight.sources import InputError, Listing, Unit, pack, pictures, read, unpack
 from shardsight.sources.units import resolve
 from shardsight.storage import Storage
 from tests.conftest import place, write_tar
@@ -86,7 +85,7 @@ def test_inputs_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert files(found) == names == files(found)
     loose = [place(None, 0) | {"id": name} for name in names[::2]]
     assert files(found, Coverage.of(loose)) == names[1::2]
-    assert [len(unit.files) for unit in found.left(Coverage())] == [256, 256, 88]
+    assert [len(unit.files) for unit in found.left(Coverage(), 1)] == [150] * 4
 
 
 def test_what_has_changed_is_told(tmp_path: Path) -> None:
@@ -221,10 +220,23 @@ def test_pictures_of_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("readers, size", [(1, 75), (2, 37), (8, 16), (1000, 16)])
-def test_loose_files_suffice_for_all_readers(readers: int, size: int) -> None:
-    """Groups as they are listed would leave all but one process of a large machine idle over a folder of 256."""
-    files = [(f"{number}.jpg", f"version {number}") for number in range(300)]
-    groups = [Unit("files", None, *zip(*some, strict=True)) for some in (files[:256], files[256:])]
-    units = shared([Unit("tar", "a.tar"), *groups], readers)
-    assert units[0] == Unit("tar", "a.tar") and max(len(unit.files) for unit in units) == size
-    assert [one for unit in units[1:] for one in zip(unit.files, unit.versions, strict=True)] == files
+def test_loose_files_suffice_for_all_readers(readers: int, size: int, tmp_path: Path) -> None:
+    """Groups of one size would leave all but one process of a large machine idle over a small folder."""
+    for number in range(310):
+        (tmp_path / f"{number:03}.jpg").touch()
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"a")])
+    found, done = listing(tmp_path), Coverage(files=np.sort(hashes(str(tmp_path / f"{n:03}.jpg") for n in range(10))))
+    tar, *groups = found.left(done, readers)
+    assert tar.kind == "tar" and {len(unit.files) for unit in groups[:-1]} == {size}
+    names = [str(tmp_path / f"{number:03}.jpg") for number in range(10, 310)]
+    assert [one for unit in groups for one in zip(unit.files, unit.versions, strict=True)] == [
+        (name, STORAGE.info(name).version) for name in names
+    ]
+
+
+def test_packed_units_take_little_memory(tmp_path: Path) -> None:
+    """The driver holds all that is left of a job."""
+    files = tuple(f"s3://a-bucket/of-many/pictures/{number // 1000:04}/{number:09}.jpg" for number in range(256))
+    versions = tuple(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in range(256))
+    unit = Unit("files", files=files, versions=versions)
+    assert unpack(pack(unit)) == unit and len(pack(unit)) < 40 * len(files)

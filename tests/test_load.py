@@ -1,6 +1,5 @@
 """Records → tables of frames."""
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from shardsight.decode import frames as loading
 from shardsight.decode.frames import Load
 from shardsight.models import selection
 from shardsight.settings import Models
-from shardsight.sources import Record
+from shardsight.sources import Record, Unit, pack
 from shardsight.storage import Storage
 from tests.conftest import WEIGHTS
 
@@ -42,6 +41,6 @@ def test_tables_are_bounded_by_their_bytes(load: Load, jpegs: list[bytes], monke
 
     monkeypatch.setattr(loading, "read", records)
     load = replace(load, size=2 << 20)
-    tables = list(load(pa.table({"unit": [pickle.dumps(None)]})))
+    tables = list(load(pa.table({"unit": [pack(Unit("files"))]})))
     assert sum(len(table) for table in tables) == 20 and len(tables) > 2
     assert all(table["frame"].nbytes < 4 << 20 for table in tables)

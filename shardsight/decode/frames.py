@@ -4,7 +4,6 @@ import ctypes
 import io
 import json
 import math
-import pickle
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from shardsight.decode.pictures import decode
 from shardsight.decode.video import Sampling, VideoFrame
 from shardsight.results.coverage import Ranges
 from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns, frame_of
-from shardsight.sources import Record, ShardFile, names_video, open_file, read
+from shardsight.sources import Record, ShardFile, names_video, open_file, read, unpack
 from shardsight.storage import Storage
 
 TABLE = pa.schema([*ROW, *PLACE, *FRAME, *((name, pa.float64()) for name in SECONDS)])
@@ -114,9 +113,9 @@ class Load:
     count: int = ROWS
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table with pickled Units in the column `unit` → tables of TABLE."""
+        """A table with packed Units in the column `unit` → tables of TABLE."""
         default_fatal_signals()
-        units = map(pickle.loads, batch["unit"].to_pylist())
+        units = map(unpack, batch["unit"].to_pylist())
         records = chain.from_iterable(read(unit, self.storage) for unit in units)
         return self.tables(chain.from_iterable(map(self.rows, records)))
 

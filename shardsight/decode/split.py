@@ -1,7 +1,5 @@
-"""Long videos and groups of loose files → their parts, so that several readers work on them."""
+"""Long videos → their parts, so that several readers work on them."""
 
-import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -10,29 +8,16 @@ from shardsight.decode import video
 from shardsight.decode.video import Sampling
 from shardsight.results.coverage import merge
 from shardsight.row import Failure
-from shardsight.sources import ShardFile, Unit, open_file
+from shardsight.sources import ShardFile, Unit, open_file, pack, unpack
 from shardsight.storage import Storage
 
 LONG = 16 << 20  # bytes, above which a video is split
 FRAMES = 1200  # of a part, at least
-FILES = 16  # of a part of a group, at least: less than a batch makes Ray's part of the work larger
 
 
 def is_long(unit: Unit) -> bool:
     """Whether a unit is a video that is worth its splitting, for which its packets are read once more."""
     return unit.kind == "video" and (unit.size or 0) > LONG
-
-
-def shared(units: list[Unit], readers: int) -> list[Unit]:
-    """The same, with loose files in groups so small that each of so many readers gets four."""
-    size = max(FILES, sum(len(unit.files) for unit in units) // (4 * readers))
-    return [part for unit in units for part in (_groups(unit, size) if len(unit.files) > size else [unit])]
-
-
-def _groups(unit: Unit, size: int) -> Iterator[Unit]:
-    for start in range(0, len(unit.files), size):
-        which = slice(start, start + size)
-        yield replace(unit, files=unit.files[which], versions=unit.versions[which])
 
 
 @dataclass(frozen=True)
@@ -44,10 +29,10 @@ class Split:
     frames: int
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """A table with pickled Units in the column `unit` → the same, of long videos one for each part that is left."""
-        units = [pickle.loads(pickled) for pickled in batch["unit"].to_pylist()]
+        """A table with packed Units in the column `unit` → the same, of long videos one for each part that is left."""
+        units = map(unpack, batch["unit"].to_pylist())
         parts = [part for unit in units for part in (self.parts(unit) if is_long(unit) else [unit])]
-        return pa.table({"unit": pa.array(map(pickle.dumps, parts), pa.binary())})
+        return pa.table({"unit": pa.array(map(pack, parts), pa.binary())})
 
     def parts(self, unit: Unit) -> list[Unit]:
         """The parts of a video that are left. Raises the errors of Storage."""

@@ -27,7 +27,8 @@ from shardsight.sources.units import InputError, Unit, absolute, names_video, pr
 from shardsight.sources.web import is_web
 from shardsight.storage import Entry, Storage, StorageError, explain, is_hidden, is_remote
 
-GROUP = 256  # loose files in a unit
+GROUP = 256  # loose files in a unit, at most
+FEWEST = 16  # in one of a few files: less than a batch makes Ray's part of the work larger
 PAGE = 10_000  # entries looked at together
 RESULTS = re.compile(r"/results/part-[0-9a-f]{24}\.parquet$")  # as results.writer names its files
 
@@ -94,15 +95,18 @@ class Listing:
         files = [page.hashes[done.changed(page.hashes, page.versions)] for page in self._pages]
         return units, np.concatenate([np.empty(0, "S16"), *files])
 
-    def left(self, done: Coverage) -> Iterator[Unit]:
-        """The units, or parts of them, that are not done yet. Raises InputError."""
+    def left(self, done: Coverage, readers: int | None = None) -> Iterator[Unit]:
+        """The units, or parts of them, that are not done yet; of loose files, each of so many readers gets four groups
+        where there are enough. readers: by default as many as this machine has cores. Raises InputError."""
         self.check()
         for name, unit in self._units.items():
             if not done.complete(name):
                 before = done.units.get(name, UnitCoverage())
                 yield replace(unit, skip=before.records, frames=before.frames)
-        left = chain.from_iterable(page.select(~done.has(page.hashes)) for page in self._pages)
-        while group := list(islice(left, GROUP)):
+        which = [~done.has(page.hashes) for page in self._pages]
+        size = min(GROUP, max(FEWEST, sum(map(np.count_nonzero, which)) // (4 * (readers or os.cpu_count() or 1))))
+        left = chain.from_iterable(map(_Page.select, self._pages, which))
+        while group := list(islice(left, size)):
             names, known = zip(*group, strict=True)
             yield Unit("files", files=names, versions=known)
 

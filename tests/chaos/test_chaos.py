@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import shardsight
 from tests.chaos.proxy import proxy
 from tests.clips import encode, panned
 from tests.conftest import S3, free_port, job_of, rows_of, serve_s3, start_job, write_tar
@@ -368,7 +369,7 @@ def repeat(source: Path, target: Path, times: int, stretch: float) -> None:
 
 
 def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: Path) -> None:
-    """A restart that finds them all done: under 300 MB in the driver, and under 20 s."""
+    """A restart that finds them all done: under 300 MB in the driver, and under 20 s. DuckDB reads what is there."""
     from shardsight.results.writer import Results
     from shardsight.row import PLACE, ROW, SECONDS
     from shardsight.storage import Storage
@@ -382,10 +383,13 @@ def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: 
     command = (folder, "--output", out, "--yolo", detector)
     job = start_job(*command, "--limit", 1)
     assert (job.communicate(timeout=300), job.returncode)[1] == 0
+    (found,) = shardsight.load_results(out).to_table(["detections"]).to_pylist()
+    assert found["detections"]
     schema = pa.schema([*ROW, *PLACE, *((name, pa.float64()) for name in SECONDS)])
     for start in range(1, 1_000_000, 10_000):
         ids = [str(folder / f"{n:07}.jpg") for n in range(start, min(start + 10_000, 1_000_000))]
         columns: dict[str, Any] = {"id": ids, "uri": ids, "record": [0] * len(ids), "frame_number": [0] * len(ids)}
+        columns["detections"] = [found["detections"]] * len(ids)
         arrays = [pa.array(columns.get(field.name, [None] * len(ids)), field.type) for field in schema]
         Results(str(out), Storage()).write(pa.Table.from_arrays(arrays, schema=schema), 10_000)
     command = (*command, "--limit", 1_000_000)
@@ -398,6 +402,12 @@ def test_a_million_finished_files(tmp_path: Path, jpegs: list[bytes], detector: 
     assert job.returncode == 0 and job_of(out)["resumed_rows"] == 1_000_000
     shutil.rmtree(folder)  # pytest would keep the million, and take minutes to end
     assert peaks["driver"] < 300 << 20 and seconds < 20
+    rows, started = f"'{out}/results/*.parquet'", time.monotonic()
+    assert duckdb.sql(f"select count(*), count(distinct id) from {rows}").fetchall() == [(1_000_000,) * 2]
+    counts = duckdb.sql(f"select d.label, count(*) from {rows}, unnest(detections) as t(d) group by 1").fetchall()
+    expected = Counter(one["label"] for one in found["detections"])
+    assert dict(counts) == {label: 1_000_000 * count for label, count in expected.items()}
+    print(f"DuckDB: {time.monotonic() - started:.1f} s")
 
 
 def watch(job: subprocess.Popen[str], every: float = 0.2) -> dict[str, int]:
