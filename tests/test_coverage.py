@@ -101,6 +101,17 @@ def test_a_changed_file_is_noticed() -> None:
     assert done.changed(ids, versions([None] * 4)).tolist() == [False] * 4
 
 
+def test_a_file_that_is_there_twice_counts_once() -> None:
+    """A repeated write may have had other bounds. The version is the first one's."""
+    one, two = (
+        Coverage.of([place(None, n) | {"version": v} for n in some]) for v, some in (("1", (0, 1)), ("2", (1, 2)))
+    )
+    both = Coverage.union([one, two])
+    assert (both.rows, both.places) == (4, 3)
+    ids = hashes([f"None#{n}@0" for n in range(3)])
+    assert both.has(ids).all() and both.changed(ids, versions(["1", "1", "2"])).tolist() == [False] * 3
+
+
 def test_footers_of_the_version_before() -> None:
     """0.1.0 wrote ranges of records, and totals: its unfinished jobs can be resumed."""
     old = {"units": {"a.tar": [[0, 2], [3, 5]]}, "totals": {"a.tar": 5}, "rows": 5, "errors": [["read", "X", 1]]}

@@ -220,11 +220,17 @@ class Coverage:
         for part in parts:
             for name, unit in part.units.items():
                 units.setdefault(name, []).append(unit)
-        files, first = np.unique(np.concatenate([part.files for part in parts]), return_index=True)
+        # As np.unique does it, in half of its memory.
+        files = np.concatenate([part.files for part in parts])
+        order = np.argsort(files, kind="stable")
+        files, first = files[order], np.ones(len(files), bool)
+        first[1:] = files[1:] != files[:-1]
+        if not first.all():
+            files, order = files[first], order[first]
         return Coverage(
             {name: UnitCoverage.union(found) for name, found in units.items()},
             files,
-            np.concatenate([part.file_versions for part in parts])[first],
+            np.concatenate([part.file_versions for part in parts])[order],
             sum(part.rows for part in parts),
             sum((part.errors for part in parts), Counter()),
         )

@@ -62,7 +62,7 @@ class Unit:
 
 
 def pack(unit: Unit) -> bytes:
-    """For the driver, which holds all that is left of a job: a file's path and version take 160 bytes, packed 25."""
+    """For the driver, which holds all that is left of a job: a file's path and version take 180 bytes, packed 15."""
     return zlib.compress(pickle.dumps(unit), 1)
 
 
