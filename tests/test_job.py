@@ -96,7 +96,7 @@ def test_a_store_that_fails_in_the_middle_is_written_down(
         assert job_of(out)["status"] == "failed"
     assert run(asked).exactly_once
     with monkeypatch.context() as patch:
-        patch.setattr("shardsight.sources.Listing.left", raises(ConnectionError("gone")))
+        patch.setattr("shardsight.sources.Listing.changed", raises(ConnectionError("gone")))
         patch.setattr(Results, "save_job", saved_once(Results.save_job))
         with pytest.raises(
             shardsight.JobError, match="ConnectionError"
