@@ -14,6 +14,9 @@ from shardsight.models.info import ModelDied
 from shardsight.row import without_frames
 
 YOLO_SHARE = 0.125  # of a GPU that it shares with PaliGemma: one to three GB suffice
+# CPUs that Ray reserves for an actor without a GPU: it goes to no node without CPUs, as a head is; and a node to which
+# Ray moves those of one that died keeps its CPUs for decoding, which they wait for.
+PLACED = 0.01
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def plan(
     benchmarks/SCALE.md.
 
     On a cluster that the job joins, nodes may come and go. A pool then has as many actors as it finds GPUs for. Without
-    GPUs it does not grow, as its actors and decoding would take each other's CPUs; but it shrinks while its actors have
-    nothing to do, as those that Ray restarts from a node that died may leave decoding no CPU.
+    GPUs it does not grow, but it shrinks while its actors have nothing to do, as those that Ray moves from a node that
+    died may.
     """
     nodes = cluster.nodes(labels)
     cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
@@ -113,7 +116,7 @@ def plan(
         count = max(1, int(cpus // threads))
         # Reading keeps a CPU, also where other jobs hold some: it would wait for actors that wait for it.
         free = cluster.free_cpus() if cpus else 2.0
-        reserved = max(0.0, min(threads - 1.0, (free - 1) / count) / len(models))
+        reserved = max(0.0, min(PLACED if threads > 1 else 0.0, (free - 1) / count) / len(models))
     least, most = (count, count) if cluster.private() else (1, None if together else count)
     stages = []
     for name, arguments in models.items():
@@ -133,21 +136,11 @@ def _shares(names: list[str], gpus: float) -> dict[str, float]:
     return yolo | dict.fromkeys(others, (1 - sum(yolo.values())) / len(others))
 
 
-def decoding(stages: list[Stage]) -> float:
-    """CPUs that Ray reserves for a process that reads and decodes. Without GPUs less than one: of four threads it
-    leaves one to decoding, but large pictures need three, and the models' threads rest meanwhile."""
-    return 1.0 if stages[0].gpus else 1.0 / max(1, stages[0].threads - 1)
-
-
 def decoders(stages: list[Stage]) -> int:
-    """How many processes read and decode at once: as many as find room beside the models."""
+    """How many processes read and decode at once, of a CPU each: as many as find room beside the models. Without GPUs
+    that is all but one, as large pictures need them, and the models' threads rest meanwhile."""
     left = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)
-    return max(1, room(stages, left))
-
-
-def room(stages: list[Stage], cpus: float) -> int:
-    """How many processes that read and decode these CPUs have room for."""
-    return int(cpus / decoding(stages) + 1e-6)
+    return max(1, int(left + 1e-6))
 
 
 def block(stages: list[Stage], usual: int) -> int:

@@ -170,17 +170,17 @@ def test_actors_fit_on_a_node(monkeypatch: pytest.MonkeyPatch, private: bool) ->
     monkeypatch.setattr("shardsight.cluster.private", lambda: private)
     monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: 6.0)
     (stage,) = plan({"yolo": {}}, {"yolo": None}, None)
-    assert (stage.threads, stage.cpus, stage.initial) == (2, 1, 3)
+    assert (stage.threads, stage.initial) == (2, 3) and 0 < stage.initial * stage.cpus <= 2 - 1
     assert stage.actors == ((3 if private else 1), 3)
 
 
-@pytest.mark.parametrize("free, each", [(6.0, 1.0), (2.5, 0.5), (1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("free, each", [(6.0, 0.01), (1.015, 0.005), (1.0, 0.0), (0.0, 0.0)])
 def test_actors_leave_a_cpu_to_reading(monkeypatch: pytest.MonkeyPatch, free: float, each: float) -> None:
     """Also where other jobs hold most of them: actors that took the last would wait for reading, which waits for it."""
     monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 2.0}])
     monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: free)
     (stage,) = plan({"yolo": {}}, {"yolo": None}, None)
-    assert stage.cpus == each
+    assert stage.cpus == pytest.approx(each)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,13 @@ def test_every_gpu_computes_each_model(
     assert {stage.initial for stage in stages} == {gpus or 8}
 
 
-@pytest.mark.parametrize("cpus, gpus, count", [(2.0, 0.0, 1), (4.0, 0.0, 3), (32.0, 0.0, 24), (32.0, 1.0, 30)])
+@pytest.mark.parametrize(
+    "cpus, gpus, count", [(1.0, 0.0, 1), (2.0, 0.0, 1), (4.0, 0.0, 3), (32.0, 0.0, 31), (32.0, 1.0, 30)]
+)
 def test_decoding_has_most_cores_where_it_needs_them(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, count: int
 ) -> None:
-    """Of 32, three quarters at once: a photo of 12 megapixels takes longer to decode than to compute."""
+    """A photo of 12 megapixels takes longer to decode than to compute."""
     node = {"CPU": cpus, "GPU": gpus}
     monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [node])
     monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: cpus)
