@@ -17,6 +17,7 @@ YOLO_SHARE = 0.125  # of a GPU that it shares with PaliGemma: one to three GB su
 # CPUs that Ray reserves for an actor without a GPU: it goes to no node without CPUs, as a head is; and a node to which
 # Ray moves those of one that died keeps its CPUs for decoding, which they wait for.
 PLACED = 0.01
+DECODING = 1.0  # CPUs that it reserves for a process that reads and decodes
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def _shares(names: list[str], gpus: float) -> dict[str, float]:
 
 
 def decoders(stages: list[Stage]) -> int:
-    """How many processes read and decode at once, of a CPU each: as many as find room beside the models. Without GPUs
-    that is all but one, as large pictures need them, and the models' threads rest meanwhile."""
+    """How many processes read and decode at once: as many as find room beside the models. Without GPUs that is on all
+    CPUs but one, as large pictures need them, and the models' threads rest meanwhile."""
     left = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)
-    return max(1, int(left + 1e-6))
+    return max(1, int(left / DECODING + 1e-6))
 
 
 def block(stages: list[Stage], usual: int) -> int:

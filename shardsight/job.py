@@ -244,7 +244,7 @@ class _Run:
                 raise
             raise JobError(self.content["reason"], job) from error
         self.content["status"] = "done"
-        self._account(self.done)
+        self._account()
         self.results.save_job(self.content)
 
     def _failed(self, error: BaseException) -> None:
@@ -255,11 +255,11 @@ class _Run:
             self.content |= {"status": "failed", "reason": self._reason(error)}
         try:
             self.done = self.results.done()
-            self._account(self.done)
+            self._account()
             self.results.save_job(self.content)
         except Exception as another:  # the first error is the one to report
             error.add_note(f"job.json could not be written: {another}")
-            self._account(self.done)
+            self._account()
 
     def _reason(self, error: BaseException) -> str:
         """Why the job failed, as one sentence; for an unforeseen error it names the file with the traceback."""
@@ -342,9 +342,9 @@ class _Run:
             return None
         return len(self.listing.files) + round(sum(known) / max(1, len(known)) * len(units))
 
-    def _account(self, done: Coverage) -> None:
+    def _account(self) -> None:
         """Fill in job.json. The proof comes from the footers of the results files, not from what was sent to them."""
-        seconds = time.monotonic() - self.started
+        done, seconds = self.done, time.monotonic() - self.started
         errors: dict[str, dict[str, int]] = {}
         for (stage, type), count in sorted(done.errors.items()):
             errors.setdefault(stage, {})[type] = count

@@ -11,7 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from shardsight import one_machine
-from shardsight.actors import Annotator, Stage
+from shardsight.actors import DECODING, Annotator, Stage
 from shardsight.decode.frames import Load
 from shardsight.decode.split import FRAMES, Split, is_long
 from shardsight.decode.video import Sampling
@@ -71,7 +71,7 @@ def flow(left: Iterable[Unit], load: Load, stages: list[Stage], isolate: bool = 
         together = min(OPEN, -(-len(units) // tracking.initial))
         blocks = _with_model(_blocks(units), tracking, TrackingAnnotator, (load, tracking), together)
     else:
-        options = {"num_cpus": 1, "label_selector": stages[0].labels}
+        options = {"num_cpus": DECODING, "label_selector": stages[0].labels}
         blocks = _decoded(units, load, **options, ray_remote_args_fn=lambda: {"max_retries": 1})
     for stage in stages:
         blocks = _with_model(blocks, stage, Annotator, (stage,))

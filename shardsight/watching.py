@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from shardsight import cluster
-from shardsight.actors import Stage
+from shardsight.actors import DECODING, Stage
 from shardsight.tracking import OPEN
 
 EVERY = 0.5  # seconds between two looks
@@ -70,7 +70,7 @@ class Watch:
         self._count_models(models, passed)
         alive = [pool.num_alive_actors() for pool, _ in pools]
         running = sum(op.metrics.num_tasks_running for op, _ in tasks)
-        free = int(cluster.free_cpus())
+        free = int(cluster.free_cpus() / DECODING)
         readers = running + free if tasks else OPEN * alive[0]  # tracking's actors have readers of their own
         self.processes |= {"read": readers, "decode": readers}
         if running or not tasks:
@@ -80,7 +80,7 @@ class Watch:
         waiting = any(state.total_enqueued_input_blocks() for _, state in pools)
         if all(alive) and not (running or waiting) and any(op._in_task_submission_backpressure for op, _ in tasks):
             self.held += passed
-        reading = [{"CPU": 1.0}] if running and not self.made else []
+        reading = [{"CPU": DECODING}] if running and not self.made else []
         wanted = [stage.request for stage, (pool, _) in models if not pool.num_alive_actors()]
         if now - self._asked > PATIENCE:
             self._asked = now

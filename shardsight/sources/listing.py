@@ -5,9 +5,7 @@ Listing opens no files but lists, Parquet files that the user names, and shards 
 
 import glob
 import os
-import pickle
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,7 @@ from shardsight.sources.kinds import LISTS, kind_of, read
 from shardsight.sources.lists import read_list
 from shardsight.sources.parquet import is_results
 from shardsight.sources.tar import reason
-from shardsight.sources.units import InputError, Unit, absolute, names_video, printable, resolve
+from shardsight.sources.units import InputError, Unit, absolute, names_video, pack, printable, resolve, unpack
 from shardsight.sources.web import is_web
 from shardsight.storage import Entry, Storage, StorageError, explain, is_hidden, is_remote
 
@@ -35,7 +33,7 @@ RESULTS = re.compile(r"/results/part-[0-9a-f]{24}\.parquet$")  # as results.writ
 
 @dataclass(frozen=True)
 class _Page:
-    """Loose files. names: compressed, as a million paths take 100 MB. hashes, versions: as Coverage has them."""
+    """Loose files. names: packed, as a million paths take 100 MB. hashes, versions: as Coverage has them."""
 
     names: bytes
     hashes: np.ndarray
@@ -43,7 +41,7 @@ class _Page:
 
     def select(self, which: np.ndarray) -> Iterator[tuple[str, str | None]]:
         """(path or uri, version) of some files. which: bool (n,)."""
-        names = pickle.loads(zlib.decompress(self.names))
+        names = unpack(self.names)
         for index in np.flatnonzero(which).tolist():
             version = int(self.versions[index])
             yield names[index], f"{version:016x}" if version else None
@@ -132,7 +130,7 @@ class Listing:
         remaining = None if remaining is None else remaining - int(new.sum())
         if new.any():
             kept = [entry for entry, is_new in zip(loose, new.tolist(), strict=True) if is_new]
-            names = zlib.compress(pickle.dumps([entry.uri for entry in kept]), 1)
+            names = pack([entry.uri for entry in kept])
             self._pages.append(_Page(names, found[new], versions(entry.version for entry in kept)))
         shards = {printable(entry.uri): entry for entry in batch if _kind(entry.uri) != "files"}
         shards = {name: entry for name, entry in shards.items() if name not in self._units}

@@ -5,6 +5,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shardsight.decode import video
@@ -61,14 +62,14 @@ class Unit:
         )
 
 
-def pack(unit: Unit) -> bytes:
-    """For the driver, which holds all that is left of a job: a file's path and version take 180 bytes, packed 15."""
-    return zlib.compress(pickle.dumps(unit), 1)
+def pack(paths: Unit | list[str]) -> bytes:
+    """For the driver, which holds all paths of a job: with its version one takes 180 bytes, packed 15."""
+    return zlib.compress(pickle.dumps(paths), 1)
 
 
-def unpack(packed: bytes) -> Unit:
-    unit: Unit = pickle.loads(zlib.decompress(packed))
-    return unit
+def unpack(packed: bytes) -> Any:
+    """What was packed."""
+    return pickle.loads(zlib.decompress(packed))
 
 
 @dataclass(frozen=True)
