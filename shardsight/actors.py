@@ -14,8 +14,8 @@ from shardsight.models.info import ModelDied
 from shardsight.row import without_frames
 
 YOLO_SHARE = 0.125  # of a GPU that it shares with PaliGemma: one to three GB suffice
-# CPUs that Ray reserves for an actor without a GPU: it goes to no node without CPUs, as a head is; and a node to which
-# Ray moves those of one that died keeps its CPUs for decoding, which they wait for.
+# CPUs that Ray reserves for an actor without a GPU. More than none, so that it does not go to a node without CPUs, such
+# as a head; little, so that actors that Ray restarts after a node died leave CPUs to the decoding that they wait for.
 PLACED = 0.01
 DECODING = 1.0  # CPUs that it reserves for a process that reads and decodes
 
@@ -111,7 +111,7 @@ def plan(
     largest = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     threads = min(largest, 4) or 4
     if together := sum(shares.values()):
-        count = max(1, int(gpus // together))
+        count = max(1, int(gpus / together + 1e-6))
         reserved = float(cpus > count * len(models))
     else:
         count = max(1, int(cpus // threads))
@@ -145,8 +145,8 @@ def decoders(stages: list[Stage]) -> int:
 
 
 def block(stages: list[Stage], usual: int) -> int:
-    """Rows of a table of frames, at most. On a CPU PaliGemma may take seconds for each, which are seen together, and
-    lost together. Four tables, which an actor works on at once, are more than its engine's batch."""
+    """Rows of a table of frames, at most. On a CPU PaliGemma may take seconds a row, and a table's rows are lost
+    together. Four tables, which an actor works on at once, are more than its engine's batch."""
     slow = any(stage.kind == "paligemma" and not stage.gpus for stage in stages)
     return 16 if slow else usual
 

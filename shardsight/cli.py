@@ -76,8 +76,8 @@ def _annotate(arguments: list[str], command: str) -> int:
         with Progress() as progress:
             made = run(settings, progress)
         code = 3 if made.too_many_errors else 0
-        said = f"{made.failed:,} of {made.inputs:,} inputs failed, more than --max-error-rate {settings.max_error_rate}"
-        said = f"{said}; their rows say why" if code else ""
+        rate = f"--max-error-rate {settings.max_error_rate}"
+        said = f"{made.failed:,} of {made.rows:,} rows have an error, which says why: more than {rate}" if code else ""
     except JobInterrupted as error:
         made, code, said = error.job, 130, str(error)
     except JobError as error:

@@ -12,14 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load, default_fatal_signals
+from shardsight.decode.split import Split
 from shardsight.errors import Fault
 from shardsight.models.info import ModelDied
-from shardsight.results.coverage import Ranges, merge
+from shardsight.results.coverage import first_outside, merge
 from shardsight.row import ERROR, Failure, with_column, without_frames
 from shardsight.sources import Record, Unit, printable, read, unpack
 
@@ -38,7 +39,8 @@ def is_death(error: BaseException) -> bool:
 
 @contextmanager
 def only_deaths() -> Iterator[None]:
-    """Make a dataset that ignores errors ignore only deaths of processes and nodes, and raise any other error.
+    """Make a dataset that ignores errors ignore only deaths of processes and nodes, and raise any other error. What is
+    changed of Ray Data's settings meanwhile does not stay.
 
     Ray Data can only ignore errors up to a number of them. It logs each ignored error in the thread that runs the
     dataset, and what a logging filter raises there ends the dataset.
@@ -51,26 +53,31 @@ def only_deaths() -> Iterator[None]:
         return True
 
     logger = logging.getLogger(IGNORED_ERRORS)
+    before = logger.level, logger.propagate
     logger.setLevel(logging.ERROR)
     logger.propagate = logging.getLogger("ray.data").isEnabledFor(logging.ERROR)
     logger.addFilter(check)
     try:
-        yield
+        with DataContext.current(DataContext.get_current().copy()):
+            yield
     finally:
         logger.removeFilter(check)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def isolated(blocks: Dataset, load: Load, stages: Sequence[Stage]) -> Dataset:
     """Tables of a unit each → annotated rows, by Isolate."""
 
-    labels = stages[0].labels
+    labels, tracks = stages[0].labels, stages[0].tracks
+    split = None if load.clips or tracks else Split(load.storage, load.sampling)
 
     def start(stage: Stage) -> Any:
         return ray.remote(Annotator).options(**stage.options).remote(stage, True)
 
     return blocks.map_batches(
         Isolate,
-        fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages], stages[0].tracks, labels),
+        fn_constructor_args=(load, [(stage.kind, partial(start, stage)) for stage in stages], tracks, labels, split),
         compute=ActorPoolStrategy(min_size=1, max_size=max(stage.initial for stage in stages)),
         batch_size=1,
         batch_format="pyarrow",
@@ -84,6 +91,7 @@ class Isolate:
 
     models: (stage, what starts it), in the order in which a row meets them. tracks: the first of them keeps identities
     through a video, so that a video ends where it kills that process. labels: of the nodes where reading may run.
+    split: of long videos, whose parts earlier passes may have done.
     """
 
     def __init__(
@@ -92,15 +100,27 @@ class Isolate:
         models: Sequence[tuple[str, Callable[[], Any]]],
         tracks: bool = False,
         labels: dict[str, str] | None = None,
+        split: Split | None = None,
     ) -> None:
-        self.load, self.start, self.tracks, self.labels = load, models, tracks, labels
+        self.load, self.start, self.tracks, self.labels, self.split = load, models, tracks, labels, split
         self.models: dict[int, Any] = {}
         self.dead = 0  # records in a row
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table with packed Units in the column `unit` → annotated rows. Raises Fault, ModelDied."""
-        for packed in batch["unit"].to_pylist():
-            yield from self.unit(unpack(packed))
+        """A table with packed Units in the column `unit`, and which are `long` → annotated rows. Raises Fault,
+        ModelDied."""
+        for packed, long in zip(batch["unit"].to_pylist(), batch["long"].to_pylist(), strict=True):
+            for unit in self.parts(unpack(packed), long):
+                yield from self.unit(unit)
+
+    def parts(self, unit: Unit, long: bool) -> list[Unit]:
+        for _ in range(ATTEMPTS if long and self.split else 0):
+            try:
+                return list(ray.get(_parts.options(label_selector=self.labels).remote(self.split, unit)))
+            except DEATHS as error:
+                if not is_death(error):
+                    raise
+        return [unit]
 
     def unit(self, unit: Unit) -> Iterator[pa.Table]:
         suspect, deaths = ("", 0), 0
@@ -117,13 +137,15 @@ class Isolate:
                 unit = reading.left()
                 # If no record was announced, reading itself kills the process, and the unit ends there.
                 record = reading.current or replace(_next(unit), last=True)
-                number = _first_not_in(unit.frames.get(record.index, []))
+                record = replace(record, done=unit.frames.get(record.index, []))
+                number = record.first_left
                 deaths = deaths + 1 if (record.id, number) == suspect else 1
                 suspect = record.id, number
                 if deaths < ATTEMPTS:
                     continue
-                row = self.load.failed(record, number, Failure("", ""))
-                yield self.give_up(self.load.table([row]), record.id, "decode" if reading.current else "read", error)
+                failure, stage = self.failure(record.id, error), "decode" if reading.current else "read"
+                for row in self.load.lost(record, number, failure, stage=stage):
+                    yield without_frames(self.load.table([row]))
                 unit = unit.without([record.index])
                 if not reading.current and unit.kind != "files":
                     return
@@ -133,7 +155,10 @@ class Isolate:
         for item in _one_by_one.options(label_selector=self.labels).remote(reading.unit, self.load):
             content = ray.get(item)
             if isinstance(content, Record):
-                reading.begin(content)
+                reading.current = content
+                continue
+            if content is None:
+                reading.end()
                 continue
             assert reading.current
             row = self.annotate(content, reading.current.id)
@@ -164,26 +189,25 @@ class Isolate:
                         raise
                     self.models.pop(number, None)
                     if attempt == ATTEMPTS:
-                        return self.give_up(table, id, stage, error)
+                        errors = pa.array([self.failure(id, error).row(stage)], ERROR)
+                        return with_column(without_frames(table), "error", errors)
         self.dead = 0
         return table
 
-    def give_up(self, table: pa.Table, id: str, stage: str, error: Exception) -> pa.Table:
-        """The error row of a frame that has killed its processes. Raises Fault."""
+    def failure(self, id: str, error: Exception) -> Failure:
+        """Why a record has no result, after it has killed its processes. Raises Fault."""
         self.dead += 1
         if self.dead == IN_A_ROW:
-            sentence = f"processes die whatever they are given, last at {id}"
+            sentence = f"{IN_A_ROW} inputs in a row have killed the processes that worked on them, the last one {id}"
             raise Fault(f"{sentence}: look for a lack of memory or a broken installation")
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
-        failure = Failure(kind, "its process died each time, at last when this was all that it had to do")
-        errors = pa.array([failure.row(stage)], ERROR)
-        return with_column(without_frames(table), "error", errors)
+        return Failure(kind, "each process that worked on it died, the last one while it had nothing else to do")
 
 
 @dataclass
 class _Reading:
-    """What has been read of a unit. current: the record that was announced last. frames: its frames that are done.
-    abandoned: it is given up, though its reader lives."""
+    """What has been read of a unit. current: the record that is being read. frames: its frames that are done. done:
+    records before it. abandoned: it is given up, though its reader lives."""
 
     unit: Unit
     current: Record | None = None
@@ -191,14 +215,16 @@ class _Reading:
     frames: list[int] = field(default_factory=list)
     abandoned: bool = False
 
-    def begin(self, record: Record) -> None:
-        self.done += [self.current.index] if self.current else []
-        self.current, self.frames = record, []
+    def end(self) -> None:
+        """All rows of the current record are there: what happens next is not its fault."""
+        assert self.current
+        self.done.append(self.current.index)
+        self.current, self.frames = None, []
 
     def left(self) -> Unit:
         """The unit without what is done. In a group of loose files, the current one is then the first."""
         if self.current is None:
-            return self.unit
+            return self.unit.without(self.done)
         if self.abandoned:
             return self.unit.without([*self.done, self.current.index])
         left = self.unit.without(self.done)
@@ -206,28 +232,31 @@ class _Reading:
         return replace(left, frames=left.frames | {self.current.index: merge(ranges)})
 
 
-def _first_not_in(ranges: Ranges) -> int:
-    return ranges[0][1] if ranges and ranges[0][0] == 0 else 0
-
-
 @ray.remote(num_cpus=1, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=1)
-def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table]:
-    """Of each record its place, and then its rows: the place has arrived before the record can kill the process."""
+def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table | None]:
+    """Of each record its place, its rows, and None: the place has arrived before the record can kill the process."""
     default_fatal_signals()
     for record in read(unit, load.storage):
         yield replace(record, data=None)
         for row in load.rows(record):
             yield load.table([row])
+        yield None
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _parts(split: Split, unit: Unit) -> list[Unit]:
+    default_fatal_signals()
+    return split.parts(unit)
 
 
 def _next(unit: Unit) -> Record:
-    """What comes next in a unit whose reader says nothing."""
+    """The record that comes next in a unit, where the reader died before it announced one."""
     if unit.kind == "files":
         name = printable(unit.files[0])
         return Record(None, 0, name, name, version=unit.versions[0] if unit.versions else None)
     assert unit.uri
     name = printable(unit.uri)
     if unit.kind == "video":
-        return Record(name, 0, name, name, version=unit.version)
-    position = unit.skip[0][1] if unit.skip and unit.skip[0][0] == 0 else 0
+        return Record(name, 0, name, name, version=unit.version, part=unit.part)
+    position = first_outside(unit.skip, 0)
     return Record(name, position, f"{name}#{position}", name, version=unit.version)

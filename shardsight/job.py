@@ -29,8 +29,8 @@ from shardsight.settings import Settings
 from shardsight.sources import Listing, absolute
 from shardsight.storage import Storage, StorageError, explain
 
-# A second pass over what the first lost because a process died; a third that isolates each record. What was lost with
-# a node is no record's fault: such a pass does not count, if it got on.
+# A second pass over what the first lost because a process died; a third that isolates each record. A pass in which
+# nodes died does not count, if it added rows.
 PASSES = ("all", "all", "isolated")
 # Seconds of retries while inputs are listed: a wrong address stays wrong.
 FIRST_RETRIES = 20.0
@@ -92,7 +92,8 @@ class Job:
 
     @property
     def too_many_errors(self) -> bool:
-        return self.inputs > 0 and self.failed / self.inputs > self.content["configuration"]["max_error_rate"]
+        """Of the rows, as a video has many."""
+        return self.rows > 0 and self.failed / self.rows > self.content["configuration"]["max_error_rate"]
 
     def results(self) -> ds.Dataset:
         """The rows, of row.ROW."""
@@ -277,7 +278,7 @@ class _Run:
         kinds = list(PASSES)
         while not self._complete():
             if not kinds:
-                raise Fault("some inputs are missing from the results")
+                raise Fault("some inputs have no row after three passes: run the same command again")
             before = self.done.rows
             nodes_died = self._pass(kinds[0] == "isolated")
             self.done = self.results.done()
@@ -306,7 +307,6 @@ class _Run:
         stages = actors.plan(arguments, wanted, settings.gpus_per_actor, settings.label_selector or None)
         load = replace(load, count=actors.block(stages, load.count))
         units = self.listing.left(self.done, actors.decoders(stages))
-        rows = pipeline.flow(units, load, stages, alone)
         self.watch = self.watch or watching.Watch(self.watcher.wait if self.watcher else lambda _: None)
         metrics, totals = JobMetrics(self.results.out), _totals(self.done)
         expected = self._expected(totals)  # again with each file alone, as it looks at every unit
@@ -314,7 +314,7 @@ class _Run:
             self.watcher.begin(self.done.places, expected)
         watched = nullcontext() if alone else self.watch.watching(stages)
         with isolate.only_deaths(), one_machine.lean(), watched:
-            labels = stages[0].labels
+            rows, labels = pipeline.flow(units, load, stages, alone), stages[0].labels
             for count, finished in writing.run(rows, self.results, settings.rows_per_file, self._waited, labels):
                 for written in finished:
                     totals |= _totals(written.coverage)
@@ -397,11 +397,11 @@ def raised(error: BaseException) -> tuple[str, str]:
 
 
 def _totals(done: Coverage) -> dict[str, int]:
-    """Unit → how many rows it has, where that is known."""
+    """Unit → how many rows it has, where that is known: of a video that is not finished, its end may be."""
     return {
         name: unit.total + sum(frames - 1 for frames in unit.lengths.values())
         for name, unit in done.units.items()
-        if unit.total is not None
+        if unit.total is not None and unit.frames.keys() <= unit.lengths.keys()
     }
 
 

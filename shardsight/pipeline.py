@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from shardsight import one_machine
 from shardsight.actors import DECODING, Annotator, Stage
 from shardsight.decode.frames import Load
-from shardsight.decode.split import FRAMES, Split, is_long
+from shardsight.decode.split import Split, is_long
 from shardsight.decode.video import Sampling
 from shardsight.isolate import isolated
 from shardsight.results.coverage import Coverage
@@ -45,13 +45,13 @@ def _decoded(units: list[dict[str, Any]], load: Load, **options: Any) -> Dataset
     """Units → frames; of a long video, its parts in several tasks, unless a clip may go from one into the next."""
     blocks = _blocks(units)
     if not load.clips and any(unit["long"] for unit in units):
-        blocks = blocks.map_batches(Split(load.storage, load.sampling, FRAMES), batch_size=1, batch_format="pyarrow")
+        blocks = blocks.map_batches(Split(load.storage, load.sampling), batch_size=1, batch_format="pyarrow", **options)
         blocks = blocks.repartition(target_num_rows_per_block=1)
     return blocks.map_batches(load, batch_size=1, batch_format="pyarrow", **options)
 
 
 def flow(left: Iterable[Unit], load: Load, stages: list[Stage], isolate: bool = False) -> Dataset:
-    """Units → annotated rows. Rows in a process that died are missing, unless each record is isolated."""
+    """Units → annotated rows, by isolate.only_deaths. What was in a process that died is missing, unless isolated."""
     units, context = _packed(left), DataContext.get_current()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [Hook]
@@ -60,8 +60,8 @@ def flow(left: Iterable[Unit], load: Load, stages: list[Stage], isolate: bool = 
     context.target_max_block_size = 64 << 10 if isolate else 32 << 20
     # Deaths are ignored: the driver sees in the footers what is missing. For other errors see isolate.only_deaths.
     context.max_errored_blocks = 0 if isolate else -1
-    # Of arguments that go in 2.64; the pinned release has no other way to bound its retries, which have no
-    # end by default, where a record kills whatever process it is in.
+    # `ray_remote_args_fn` goes in Ray 2.64, but the pinned release has no other way to bound retries. By default they
+    # have no end, and a record may kill each process that it is given to.
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
     if isolate:

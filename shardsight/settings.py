@@ -212,7 +212,7 @@ class Settings(Models):
     limit: int | None = Field(None, ge=1, description="the first N inputs only")
     overwrite: CliToggleFlag[bool] = Field(False, description="delete what is in the output and start again")
     retry_errors: CliToggleFlag[bool] = Field(False, description="run the inputs again that failed")
-    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed inputs above which the job exits 3")
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of rows with errors above which the job exits 3")
     config: str | None = Field(None, description="YAML with these names, or an earlier job.json; flags win")
     verbose: CliToggleFlag[bool] = Field(False, description="show what Ray and the models log, too")
 

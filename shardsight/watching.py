@@ -13,7 +13,7 @@ from shardsight.actors import DECODING, Stage
 from shardsight.tracking import OPEN
 
 EVERY = 0.5  # seconds between two looks
-PATIENCE = 5.0  # seconds between two questions to Ray, what is not placed yet
+PENDING_EVERY = 5.0  # seconds between two looks at what Ray has not placed yet
 
 
 class Watch:
@@ -82,7 +82,7 @@ class Watch:
             self.held += passed
         reading = [{"CPU": DECODING}] if running and not self.made else []
         wanted = [stage.request for stage, (pool, _) in models if not pool.num_alive_actors()]
-        if now - self._asked > PATIENCE:
+        if now - self._asked > PENDING_EVERY:
             self._asked = now
             requests = reading + wanted
             self._tell(cluster.waiting(requests, self.stages[0].labels) if requests else "")

@@ -197,6 +197,15 @@ def test_every_gpu_computes_each_model(
     assert {stage.initial for stage in stages} == {gpus or 8}
 
 
+@pytest.mark.parametrize("gpus, share, count", [(1, 0.2, 5), (1, 0.1, 10), (2, 0.3, 6), (1, 0.7, 1)])
+def test_as_many_actors_as_fit_on_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, share: float, count: int
+) -> None:
+    monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [{"CPU": 32.0, "GPU": float(gpus)}])
+    (stage,) = plan({"yolo": {}}, {"yolo": None}, share)
+    assert stage.initial == count
+
+
 @pytest.mark.parametrize(
     "cpus, gpus, count", [(1.0, 0.0, 1), (2.0, 0.0, 1), (4.0, 0.0, 3), (32.0, 0.0, 31), (32.0, 1.0, 30)]
 )

@@ -1,5 +1,6 @@
 """Records that end the process they are in."""
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -14,13 +15,14 @@ import pytest
 from shardsight import isolate
 from shardsight.actors import Annotator, Stage
 from shardsight.decode.frames import Load
+from shardsight.decode.split import Split
 from shardsight.decode.video import VideoFrame
 from shardsight.errors import Fault
 from shardsight.models.yolo.info import inspect
 from shardsight.row import Failure, without_frames
 from shardsight.sources import Record, Unit, pack
 from shardsight.storage import Storage
-from tests.clips import encode
+from tests.clips import encode, numbered
 from tests.conftest import PHOTOGRAPHS, job_of, rows_of, write_tar
 
 DEADLY = b"this ends the process"
@@ -89,12 +91,14 @@ class Echo:
         return without_frames(table)
 
 
-def carefully(unit: Unit, load: Load, deadly: tuple[int, ...] = (), tracks: bool = False) -> list[dict[str, Any]]:
+def carefully(
+    unit: Unit, load: Load, deadly: tuple[int, ...] = (), tracks: bool = False, split: Split | None = None
+) -> list[dict[str, Any]]:
     import ray
 
     model = ray.remote(Echo).options(num_cpus=0)
-    rows = isolate.Isolate(load, [("yolo", lambda: model.remote(deadly))], tracks).unit(unit)
-    return pa.concat_tables(rows).to_pylist()
+    careful = isolate.Isolate(load, [("yolo", lambda: model.remote(deadly))], tracks, split=split)
+    return pa.concat_tables(careful(pa.table({"unit": [pack(unit)], "long": [True]}))).to_pylist()
 
 
 class DeadlyFrames(Load):
@@ -123,6 +127,57 @@ def test_a_frame_that_ends_its_process_ends_the_video(
     rows = outcomes(carefully(unit, DeadlyFrames(Storage())))
     before = [(0, number, False, None) for number in range(3) if not done or number >= 2]
     assert rows == [*before, (0, 3, True, "decode"), (1, 0, True, None)]
+
+
+def test_a_frame_that_ends_its_process_ends_its_part_of_a_long_video(tmp_path: Path, one_ray: None) -> None:
+    """Parts after it may be done since an earlier pass: the video goes on there."""
+    (tmp_path / "v.mp4").write_bytes(encode(numbered(12), g="1"))
+    load = DeadlyFrames(Storage())
+    unit = Unit("video", str(tmp_path / "v.mp4"), frames={0: [(0, 2), (6, 12)]})
+    rows = carefully(unit, load, split=Split(load.storage, load.sampling, frames=6))
+    assert outcomes(rows) == [(0, 2, False, None), *((0, number, False, "decode") for number in (3, 4, 5))]
+    assert [row["id"].rpartition("@")[2] for row in rows] == ["2", "3", "4", "5"]
+
+
+class DeadlyFile(io.FileIO):
+    """Whoever reads its end dies."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() > 4 << 20:
+            os.abort()
+        return super().readinto(buffer)
+
+
+class DeadlyStorage(Storage):
+    def open(self, uri: str) -> Any:
+        return DeadlyFile(uri)
+
+
+def test_a_record_that_has_its_row_is_not_to_blame(tmp_path: Path, jpegs: list[bytes], one_ray: None) -> None:
+    """For what comes after it: reading the next one ends the process, and the unit."""
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpegs[0]), ("1.jpg", jpegs[1]), ("2.jpg", bytes(16 << 20))])
+    rows = carefully(Unit("tar", str(tmp_path / "a.tar")), Load(DeadlyStorage()))
+    assert outcomes(rows) == [(0, 0, True, None), (1, 0, True, "read")]
+    assert [row["last_record"] for row in rows] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_long_video_that_cannot_be_split_is_read_whole(
+    tmp_path: Path, annotate: Callable[..., tuple[int, str]], detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splitting it ends the process each time, and is not tried without end."""
+    monkeypatch.setattr("shardsight.decode.split.LONG", 0)
+    monkeypatch.setattr("shardsight.pipeline.Split", DeadlySplit)
+    monkeypatch.setattr("shardsight.isolate.Split", DeadlySplit)
+    (tmp_path / "v.mp4").write_bytes(clip(6))
+    code, said = annotate(tmp_path / "v.mp4", "--output", tmp_path / "out", "--yolo", detector)
+    assert code == 0, said
+    assert len(rows_of(tmp_path / "out")) == 6 and job_of(tmp_path / "out")["exactly_once"] is True
+
+
+class DeadlySplit(Split):
+    def parts(self, unit: Unit) -> list[Unit]:
+        os.abort()
 
 
 def test_a_frame_that_kills_the_model_costs_no_other(tmp_path: Path, one_ray: None) -> None:
@@ -154,7 +209,7 @@ def test_a_fault_that_hits_everything(
         (tmp_path / f"{index}.jpg").write_bytes(DEADLY)
     load = DeadlyLoad(Storage(), inspect(str(detector)).input)
     files = str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")
-    with pytest.raises(Fault, match="processes die"):
+    with pytest.raises(Fault, match="2 inputs in a row have killed"):
         carefully(Unit("files", files=files), load)
 
 

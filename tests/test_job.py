@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray.data import DataContext
 
 import shardsight
 from shardsight.actors import Annotator
-from shardsight.job import JobInterrupted, run
-from shardsight.results.coverage import Coverage
+from shardsight.job import Job, JobInterrupted, _totals, run
+from shardsight.results.coverage import Coverage, UnitCoverage
 from shardsight.results.writer import Results
 from shardsight.settings import settings
+from shardsight.storage import Storage
 from tests.conftest import job_of, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
@@ -158,7 +161,11 @@ def test_a_changed_file_of_a_model_is_noticed(folder: Path, one_ray: str, detect
 
 def test_the_library(folder: Path, one_ray: str, detector: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The lines of Python that a user of the wheel writes; nothing is printed."""
+    context = DataContext.get_current()
+    before = context.max_errored_blocks, context.enable_progress_bars, context.target_max_block_size
     job = shardsight.annotate(folder, output=folder.parent / "out", yolo=detector)
+    assert context is DataContext.get_current()
+    assert before == (context.max_errored_blocks, context.enable_progress_bars, context.target_max_block_size)
     assert (job.rows, job.errors, job.exactly_once) == (18, {}, True)
     assert job.content["bottleneck"] in job.content["stages"]
     rows = job.results()
@@ -193,3 +200,15 @@ def test_importing_changes_nothing(tmp_path: Path) -> None:
         assert not {"torch", "ray", "vllm", "ultralytics", "transformers"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_video_has_many_rows_of_which_some_may_fail() -> None:
+    content = {"inputs": 1, "rows": 100, "errors": {"yolo": {"ProcessDied": 5}}}
+    made = Job("out", Storage(), content | {"configuration": {"max_error_rate": 0.05}})
+    assert not made.too_many_errors
+    assert replace(made, content=made.content | {"rows": 99}).too_many_errors
+
+
+def test_how_many_rows_there_will_be_is_not_told_by_a_part_of_a_video() -> None:
+    whole = UnitCoverage(frames={0: [(0, 40)]}, lengths={0: 100}, total=1)
+    assert _totals(Coverage({"v": whole, "w": replace(whole, lengths={})})) == {"v": 100}

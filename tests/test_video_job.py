@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import shardsight
 from shardsight import pipeline
 from shardsight.decode import split
 from shardsight.results.writer import Results
+from shardsight.sources import Unit
 from shardsight.storage import Storage
 from tests.clips import decoded, encode, panned
 from tests.conftest import PHOTOGRAPHS, S3, WEIGHTS, job_of, write_tar
@@ -104,23 +106,25 @@ def test_sampled_frames_keep_their_indices(
     assert job_of(out)["exactly_once"] and job_of(out)["inputs"] == 3
 
 
+class Noted(split.Split):
+    """Notes the first frames of parts beside their video."""
+
+    def parts(self, unit: Unit) -> list[Unit]:
+        found = super().parts(unit)
+        with (Path(unit.uri or "").parent / "noted").open("a") as file:
+            file.writelines(f"{one.part and one.part.first}\n" for one in found)
+        return found
+
+
 def test_a_long_video_has_the_same_rows_in_parts(
     folder: Path, annotate: Annotate, detector: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--yolo", detector, "--precision", "fp32")
     assert annotate(folder, "--output", folder.parent / "whole", *options)[0] == 0
-    parts: list[int] = []
-    made = split.Split
-
-    def counted(*arguments: Any) -> Any:
-        parts.append(1)
-        return made(*arguments)
-
     monkeypatch.setattr(split, "LONG", 0)
-    monkeypatch.setattr(pipeline, "FRAMES", 10)
-    monkeypatch.setattr(pipeline, "Split", counted)
+    monkeypatch.setattr(pipeline, "Split", partial(Noted, frames=10))
     assert annotate(folder, "--output", folder.parent / "parts", *options)[0] == 0
-    assert parts
+    assert sorted((folder / "noted").read_text().split()) == ["0"] * 3 + ["12"] * 3
     whole, parted = rows_of(folder.parent / "whole"), rows_of(folder.parent / "parts")
     assert parted.keys() == whole.keys() and job_of(folder.parent / "parts")["exactly_once"]
     for id, row in whole.items():
@@ -192,7 +196,7 @@ def test_a_video_in_a_store_has_the_same_rows(
     local = {id.removeprefix(str(folder)): row["detections"] for id, row in rows_of(folder.parent / "local").items()}
     for name, long in (("whole", split.LONG), ("parts", 0)):
         monkeypatch.setattr(split, "LONG", long)
-        monkeypatch.setattr(pipeline, "FRAMES", 10)
+        monkeypatch.setattr(pipeline, "Split", partial(split.Split, frames=10))
         code, said = annotate("s3://videos/in", "--output", folder.parent / name, *options, *s3.options())
         assert code == 0, said
         rows = rows_of(folder.parent / name)

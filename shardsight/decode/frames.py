@@ -18,7 +18,7 @@ import simplejpeg
 from shardsight.decode import video
 from shardsight.decode.pictures import decode
 from shardsight.decode.video import Sampling, VideoFrame
-from shardsight.results.coverage import Ranges
+from shardsight.results.coverage import within
 from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns, frame_of
 from shardsight.sources import Record, ShardFile, names_video, open_file, read, unpack
 from shardsight.storage import Storage
@@ -139,7 +139,7 @@ class Load:
             yield self.row(record)
         elif self.clips:
             rows = self.clips.gather(self.frames(replace(record, done=[])))
-            yield from (row for row in rows if not _within(record.done, row["frame_number"]))
+            yield from (row for row in rows if not within(record.done, row["frame_number"]))
         else:
             yield from self.frames(record)
 
@@ -164,7 +164,7 @@ class Load:
                 io.BytesIO(record.data) if record.data is not None else open_file(record.video_uri or "", self.storage)
             )
         except Failure as failure:
-            yield self.blank(record) | {"error": failure.row("read")}
+            yield from self.lost(record, record.first_left, failure, stage="read")
             return
         with file:
             needed = self.input.needed_size if self.input and self.scaled else None
@@ -173,7 +173,11 @@ class Load:
             for frame in frames:
                 if frame.failure and isinstance(file, ShardFile):
                     file.check()  # of a store that fails, not of the video
-                rows = self.lost(record, frame) if frame.failure else [self.frame(record, frame)]
+                rows: Iterable[dict[str, Any]] = (
+                    [self.frame(record, frame)]
+                    if not frame.failure
+                    else self.lost(record, frame.number, frame.failure, frame.index)
+                )
                 now = time.perf_counter(), time.thread_time()
                 spent = {"decode_clock_seconds": now[0] - before[0], "decode_cpu_seconds": now[1] - before[1]}
                 yield from (row | spent for row in rows)
@@ -189,20 +193,25 @@ class Load:
         shrunk = self.input.shrink(frame.frame, frame.width, frame.height) if self.input else frame.frame
         return row | frame_columns(shrunk, frame.width, frame.height)
 
-    def lost(self, record: Record, frame: VideoFrame) -> Iterator[dict[str, Any]]:
-        """The row of a frame that cannot be decoded, which ends the video; or which ends a part that others follow:
-        then the rest of its frames have rows of their own."""
-        assert frame.failure
-        part = record.part
-        stop = part.stop if part and part.end is not None else frame.number + 1
-        for number in range(frame.number, stop):
-            row = self.failed(record, number, frame.failure, frame.index + number - frame.number)
-            yield row | {"last_frame": stop == frame.number + 1}
+    def lost(
+        self, record: Record, number: int, failure: Failure, index: int | None = None, stage: str = "decode"
+    ) -> Iterator[dict[str, Any]]:
+        """The error rows of a video that cannot be decoded from its sampled frame `number` on: one, which is then its
+        last frame; or, where another part or rows that are done follow, one for each frame before them that is not
+        done. index: of that frame among all, where known."""
+        part, length = record.part, record.length
+        if part and part.end is not None:
+            stop = length = part.stop
+        else:
+            stop = length or max([number + 1, *(stop for _, stop in record.done)])
+        left = [each for each in range(number, stop) if not within(record.done, each)]
+        for each in left if left or length else [stop]:
+            row = self.failed(record, each, failure, index if each == number else None, stage)
+            yield row | {"last_frame": length is None and each >= stop - 1}
 
-    def failed(self, record: Record, number: int, failure: Failure, index: int | None = None) -> dict[str, Any]:
-        """The error row of a record, or of a video's sampled frame `number`, which is then the last. index: among all
-        of its frames, where known."""
-        row = self.blank(record) | {"error": failure.row("decode"), "frame_number": number}
+    def failed(self, record: Record, number: int, failure: Failure, index: int | None, stage: str) -> dict[str, Any]:
+        """The error row of a picture, or of a video's sampled frame `number`. index: among all frames, where known."""
+        row = self.blank(record) | {"error": failure.row(stage), "frame_number": number}
         if not number and not index:  # there are no frames
             return row
         if index is None and not (self.sampling.fps or self.sampling.keyframes):
@@ -232,10 +241,6 @@ def _is_video(record: Record) -> bool:
     if record.video_uri is not None or record.unit is None:  # a loose file was listed as what its name says
         return record.video_uri is not None
     return names_video(record.id) or video.is_video((record.data or b"")[:1024])
-
-
-def _within(ranges: Ranges, number: int) -> bool:
-    return any(start <= number < stop for start, stop in ranges)
 
 
 def default_fatal_signals() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from shardsight.decode import video
+from shardsight.decode.frames import default_fatal_signals
 from shardsight.decode.video import Sampling
 from shardsight.results.coverage import merge
 from shardsight.row import Failure
@@ -16,7 +17,7 @@ FRAMES = 1200  # of a part, at least
 
 
 def is_long(unit: Unit) -> bool:
-    """Whether a unit is a video that is worth its splitting, for which its packets are read once more."""
+    """Whether a unit is a video large enough to split, which reads its packets once more."""
     return unit.kind == "video" and (unit.size or 0) > LONG
 
 
@@ -26,12 +27,14 @@ class Split:
 
     storage: Storage
     sampling: Sampling
-    frames: int
+    frames: int = FRAMES
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """A table with packed Units in the column `unit` → the same, of long videos one for each part that is left."""
-        units = map(unpack, batch["unit"].to_pylist())
-        parts = [part for unit in units for part in (self.parts(unit) if is_long(unit) else [unit])]
+        """A table with packed Units in the column `unit`, and which are `long` → those, and of long ones one for each
+        part that is left."""
+        default_fatal_signals()
+        units = zip(map(unpack, batch["unit"].to_pylist()), batch["long"].to_pylist(), strict=True)
+        parts = [part for unit, long in units for part in (self.parts(unit) if long else [unit])]
         return pa.table({"unit": pa.array(map(pack, parts), pa.binary())})
 
     def parts(self, unit: Unit) -> list[Unit]:

@@ -8,13 +8,11 @@ in which none is wanted are not decoded; what packets promise is compared with w
 import heapq
 import math
 import re
-from bisect import bisect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
-from operator import itemgetter
 from typing import Any, BinaryIO
 
 import av
@@ -23,6 +21,7 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from shardsight.results.coverage import within
 from shardsight.row import Failure
 
 ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg")
@@ -39,8 +38,6 @@ _BUFFER = 1 << 20  # bytes of one read; FFmpeg's 32 KiB would be a request each 
 _GROUP_PACKETS, _GROUP_BYTES = 3000, 64 << 20  # of a group of pictures: above that, it is decoded as it comes
 _SEGMENT = b"\x18\x53\x80\x67"  # Matroska's element that holds all others
 _UNKNOWN = 2**31 - 1
-
-Ranges = Sequence[tuple[int, int]]  # half-open, sorted, not overlapping
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ def read(
     sampling: Sampling,
     needed_size: Callable[[int, int], tuple[int, int]] | None = None,
     part: Part | None = None,
-    done: Ranges = (),
+    done: Sequence[tuple[int, int]] = (),
 ) -> Generator[VideoFrame, None, None]:
     """The sampled frames of a video, or of a part of it, in display order, but for those whose numbers are in `done`.
 
@@ -174,7 +171,7 @@ def read(
     keeping their aspect, to no less than that.
 
     Raises only the file's own OSError. Where the video is damaged or cut, or if it is none, the last frame is one with
-    a failure, at the number where that happens and the time of the frame before.
+    a failure, at the number where that happens, be it in `done`, and the time of the frame before.
     """
     source, part, given, images = _Source(file), part or Part(), 0, _Images(needed_size)
     for by_packets in (True, False):
@@ -217,8 +214,8 @@ def _rows(reader: "_Reader", images: "_Images", by_packets: bool) -> Iterator[Vi
     reader.source.check()
     if before:
         yield replace(before, last=before.number == reader.last_number)
-    number = max(reader.number, reader.given)  # a second pass, which decodes all, may fail before what the first gave
-    if failure and reader.is_wanted(number):
+    if failure:
+        number = max(reader.number, reader.given)  # a second pass, of all, may fail before what the first gave
         row = VideoFrame(number, reader.index, reader.seconds, None, reader.width, reader.height)
         yield replace(row, failure=failure, last=True)
 
@@ -564,7 +561,9 @@ class _Counter:
 class _Reader:
     """One pass over a video, or a part of it, for the sampled frames that are not in `done`, from number `given` on."""
 
-    def __init__(self, source: _Source, sampling: Sampling, part: Part, done: Ranges, given: int) -> None:
+    def __init__(
+        self, source: _Source, sampling: Sampling, part: Part, done: Sequence[tuple[int, int]], given: int
+    ) -> None:
         self.source, self.sampling, self.part, self.done, self.given = source, sampling, part, done, given
         self.number, self.index = part.first, part.index  # of the next frame that is sampled
         self.last_number: int | None = None  # of the video, once it is known
@@ -579,8 +578,7 @@ class _Reader:
         self.start = 0  # pts of the keyframe from which the decoder was fed
 
     def is_wanted(self, number: int) -> bool:
-        at = bisect(self.done, number, key=itemgetter(0))
-        return number >= self.given and not (at and number < self.done[at - 1][1])
+        return number >= self.given and not within(self.done, number)
 
     def frames(self, by_packets: bool) -> Generator[tuple[int, int, float, Any], None, None]:
         """(number, index, pts in seconds, PyAV's frame).

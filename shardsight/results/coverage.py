@@ -6,9 +6,11 @@ are marked as such, so that totals are proven by rows too.
 
 import base64
 import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,16 @@ def merge(ranges: Iterable[tuple[int, int]]) -> Ranges:
         elif start < stop:
             merged.append((start, stop))
     return merged
+
+
+def within(ranges: Sequence[tuple[int, int]], number: int) -> bool:
+    at = bisect_right(ranges, number, key=itemgetter(0)) - 1
+    return at >= 0 and number < ranges[at][1]
+
+
+def first_outside(ranges: Ranges, number: int) -> int:
+    """The least one from `number` on that is in none of them."""
+    return next((stop for start, stop in ranges if start <= number < stop), number)
 
 
 def size(ranges: Iterable[tuple[int, int]]) -> int:
@@ -117,7 +129,7 @@ class UnitCoverage:
 
     def has(self, record: int) -> bool:
         """Whether every frame of a record is done."""
-        return any(start <= record < stop for start, stop in self.records)
+        return within(self.records, record)
 
     def places(self) -> Iterator[dict[str, Any]]:
         """The place of each row, but for its unit, in order: see row.PLACE."""

@@ -1,16 +1,15 @@
 """The kinds of units, each with its reader; and reading a unit's records from the first to the last."""
 
 import time
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 from shardsight.decode import pictures as picture_formats
 from shardsight.decode import video
+from shardsight.results.coverage import first_outside, within
 from shardsight.row import Failure
 from shardsight.sources import parquet, tar
 from shardsight.sources.files import AHEAD, ShardFile, ahead, failure_of, fetch, read_files
@@ -61,21 +60,21 @@ def read(unit: Unit, storage: Storage, payload: bool = True) -> Iterator[Record]
             return
         name = printable(unit.uri or "")
         record = Record(name, 0, name, name, video_uri=unit.uri, last=True, version=unit.version, part=unit.part)
-        yield replace(record, done=unit.frames.get(0, []))
+        yield replace(record, done=unit.frames.get(0, []), length=unit.lengths.get(0))
         return
     if KINDS[unit.kind].reader is None:
         yield from read_files(unit, storage)
         return
 
     def pending(position: int, _: str | None) -> bool:
-        index = bisect_right(unit.skip, position, key=itemgetter(0)) - 1
-        return index < 0 or position >= unit.skip[index][1]
+        return not within(unit.skip, position)
 
     ignored: Counter[str] = Counter()
     records = _records(unit, storage, pending if payload else lambda *_: False, ignored)
     for record in _timed(_with_last(islice(records, unit.stop), ignored)):
         if pending(record.index, None):
-            yield replace(record, version=unit.version, done=unit.frames.get(record.index, []))
+            done, length = unit.frames.get(record.index, []), unit.lengths.get(record.index)
+            yield replace(record, version=unit.version, done=done, length=length)
 
 
 def pictures(
@@ -141,7 +140,7 @@ def _records(unit: Unit, storage: Storage, wanted: Wanted, ignored: "Counter[str
     except Failure as found:
         failure = found
     # At a place that is not done: a file that went away in the middle of a job ends where its rows end.
-    position = next((stop for start, stop in unit.skip if start <= position < stop), position)
+    position = first_outside(unit.skip, position)
     yield Record(name, position, name, name, failure=failure)
 
 

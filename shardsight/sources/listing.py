@@ -100,7 +100,8 @@ class Listing:
         for name, unit in self._units.items():
             if not done.complete(name):
                 before = done.units.get(name, UnitCoverage())
-                yield replace(unit, skip=before.records, frames=before.frames)
+                lengths = {record: before.lengths[record] for record in before.frames if record in before.lengths}
+                yield replace(unit, skip=before.records, frames=before.frames, lengths=lengths)
         which = [~done.has(page.hashes) for page in self._pages]
         size = min(GROUP, max(FEWEST, sum(map(np.count_nonzero, which)) // (4 * (readers or os.cpu_count() or 1))))
         left = chain.from_iterable(map(_Page.select, self._pages, which))

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from shardsight.decode import video
 from shardsight.errors import UsageError
-from shardsight.results.coverage import Ranges, merge
+from shardsight.results.coverage import Ranges, first_outside, merge
 from shardsight.row import Failure
 from shardsight.storage import is_remote
 
@@ -30,7 +30,8 @@ class Unit:
     (`uri` is then None).
 
     kind: a key of sources.kinds.KINDS. versions: of `files`, in their order. skip: positions of records that are done.
-    frames: record → frames that are done, of videos that are done in part. stop: the number of records to which
+    frames: record → frames that are done, of videos that are done in part; lengths: of some of them, how many there
+    are. stop: the number of records to which
     `--limit` cuts it. part: of a video. uri_column, image_column: of a Parquet file, as the user named them. folder:
     the job's working directory, for relative paths in a Parquet file. version, size in bytes: of the file `uri`.
     """
@@ -41,6 +42,7 @@ class Unit:
     versions: tuple[str | None, ...] = ()
     skip: Ranges = field(default_factory=list)
     frames: dict[int, Ranges] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
     stop: int | None = None
     part: video.Part | None = None
     uri_column: str | None = None
@@ -78,9 +80,9 @@ class Record:
     explains why there is none.
 
     unit, index: its place. last: whether it is the unit's last record. version: of the file that it is read from, if
-    known. part, done: of a video, the part that is wanted, and the numbers of the frames that are done. ignored: with
-    the last record, how many entries of the unit hold no picture, by reason. seconds: (wall clock, CPU) that reading
-    took.
+    known. part, done, length: of a video, the part that is wanted, the numbers of the frames that are done, and how
+    many there are, if known. ignored: with the last record, how many entries of the unit hold no picture, by reason.
+    seconds: (wall clock, CPU) that reading took.
     """
 
     unit: str | None
@@ -95,8 +97,14 @@ class Record:
     version: str | None = None
     part: video.Part | None = None
     done: Ranges = field(default_factory=list)
+    length: int | None = None
     ignored: dict[str, int] = field(default_factory=dict)
     seconds: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def first_left(self) -> int:
+        """The number of its first frame that is not done."""
+        return first_outside(self.done, self.part.first if self.part else 0)
 
 
 def printable(uri: str) -> str:
