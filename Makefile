@@ -31,13 +31,14 @@ serve: install
 test: lint
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Ours and the peers on the same work; for an hour nothing else should run on the machine.
+# Ours and the peers on the same work, for an hour and a half in which nothing else should run on the machine;
+# `make bench ARGS=--quick` takes five minutes.
 bench: bench-install
-	$(BIN)/python -m benchmarks.throughput --record
+	$(BIN)/python -m benchmarks.throughput --record $(ARGS)
 
 # All other contests: videos, PaliGemma, both models, the service, and a job as it grows. Hours.
 bench-all: bench
-	for contest in video paligemma both servers growth; do $(BIN)/python -m benchmarks.$$contest --record || exit 1; done
+	for contest in video paligemma both servers growth; do $(BIN)/python -m benchmarks.$$contest --record $(ARGS) || exit 1; done
 
 # The service under load: closed loops, and two minutes of twice what it can.
 load: bench-install

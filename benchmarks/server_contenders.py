@@ -1,7 +1,8 @@
 """What Shardsight's service is compared with: `python -m benchmarks.server_contenders NAME MODEL PORT`.
 
 Servers of YOLOv8 take a form with one or more files named `image`, and answer with the boxes of each. They are written
-as their own guides write them, decode outside the model's turn, and compute in ultralytics' own way, in fp32.
+as their own guides write them, decode outside the model's turn, and compute in ultralytics' own way, in fp32, but on
+every core, of which ultralytics leaves one to others by itself.
 """
 
 import os
@@ -20,7 +21,7 @@ from fastapi import FastAPI, Request, UploadFile
 from litserve import LitAPI, LitServer
 from litserve import server as litserve_server
 
-from benchmarks.contenders import BATCH, detections
+from benchmarks.contenders import BATCH, detections, on_every_core
 from benchmarks.paligemma import SMALLER, limits
 
 IMGSZ = 640
@@ -37,7 +38,7 @@ def fastapi(model: str, port: int) -> None:
     import uvicorn
     from ultralytics import YOLO
 
-    app, yolo, lock = FastAPI(), YOLO(model), threading.Lock()
+    app, yolo, lock = FastAPI(), on_every_core(YOLO(model)), threading.Lock()
 
     @app.post("/predict")
     def predict(image: list[UploadFile]) -> list[list[dict[str, Any]]]:
@@ -52,7 +53,7 @@ class Detect(LitAPI):  # type: ignore[misc]  # it has no types
     def setup(self, device: str) -> None:
         from ultralytics import YOLO
 
-        self.model = YOLO(self.weights)
+        self.model = on_every_core(YOLO(self.weights))
 
     def decode_request(self, request: Request) -> list[np.ndarray]:
         return [decoded(one.file.read()) for one in request.getlist("image")]

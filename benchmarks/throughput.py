@@ -7,11 +7,13 @@ the rate of its stream once it flows. See measuring.py. Nothing else should run 
 import argparse
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import duckdb
 import numpy as np
 
 from benchmarks import measuring
@@ -19,12 +21,13 @@ from benchmarks.contenders import CONTENDERS
 from demo.run import WEIGHTS, photographs
 
 SIZES = (16, 400, 4000)
-PEERS = ("ultralytics", "ray_data", "daft")
+PEERS = ("ultralytics", "ultralytics_all", "ray_data", "daft")
 NAMES = {
     "shardsight": "Shardsight, defaults",
     "shardsight_exact": "Shardsight, fp32, full decoding",
     "shardsight_int8": "Shardsight, int8",
     "ultralytics": "ultralytics `predict(stream=True)`",
+    "ultralytics_all": "the same, told to use every core",
     "ray_data": "Ray Data, as its guide writes it",
     "daft": "Daft, as its guide writes it",
     "limit": "the model alone, input in memory",
@@ -66,8 +69,7 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "detect.pt")
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="repeatable; all by default")
-    measuring.options(parser, rounds=3)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     if args.quick:
         args.sizes, args.rounds = SIZES[:2], 1
     sizes = sorted(args.sizes)
@@ -79,25 +81,34 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             return ["benchmarks.contenders", name, folders[size], out, args.weights, args.imgsz]
 
-        runs = measuring.contest(args.only or list(CONTENDERS), sizes, args.rounds, command)
-    text = report(runs, args.imgsz)
+        def found(name: str, size: int) -> int | None:
+            return None if name == "limit" else objects(Path(work) / "out", size)
+
+        runs = measuring.contest(args.only or list(CONTENDERS), sizes, args.rounds, command, found)
+    text = report(runs, args)
     print(text)
     if args.record:
-        measuring.record(f"Pictures, {measuring.kind()}", text)
-        draw(runs, picture())
+        title = measuring.card("Pictures", args)
+        measuring.record(title, text)
+        draw(runs, measuring.HERE / f"{re.sub('[^a-z0-9]+', '-', title.lower())}.svg")
 
 
-def report(runs: measuring.Runs, imgsz: int) -> str:
-    (rounds,) = {len(run) for one in runs.values() for run in one.values()}
-    work = f"JPEGs of 1280×720, YOLOv8n at imgsz {imgsz}, median of {rounds} alternating rounds (least–most)"
+def objects(out: Path, rows: int) -> int:
+    """Detections in a contender's results. Exits unless these are so many rows without errors."""
+    ((count, good, found),) = duckdb.sql(
+        f"select count(*), count(detections), sum(len(detections)) from '{out}/**/*.parquet'"
+    ).fetchall()
+    if (count, good) != (rows, rows):
+        sys.exit(f"{out} should have {rows} rows with detections: it has {count}, and {count - good} of them without")
+    return int(found)
+
+
+def report(runs: measuring.Runs, args: argparse.Namespace) -> str:
+    work = f"JPEGs of 1280×720, {args.weights.name} at imgsz {args.imgsz}, median of {args.rounds} alternating rounds "
+    work += "(least–most), int8 calibrated in the first of them, the model alone in the precision of the defaults"
     made = measuring.table(runs, NAMES, PEERS, "pictures", bare=("limit",))
     said = measuring.conditions(work, ("ultralytics", "ray", "daft", "torch", "openvino"))
     return f"{made}\n\n{said}. {measuring.noise(runs)}\n"
-
-
-def picture() -> Path:
-    """Of this CPU's card."""
-    return measuring.HERE / f"pictures-{re.sub('[^a-z0-9]+', '-', measuring.kind().lower())}.svg"
 
 
 def draw(runs: measuring.Runs, path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks import measuring
 from benchmarks.throughput import PEERS as DETECTORS
+from benchmarks.throughput import objects
 from benchmarks.video_contenders import HEIGHT, TASKS, WIDTH
 from demo.run import WEIGHTS, photographs
 
@@ -23,7 +24,7 @@ PEERS = (*DETECTORS, "ffmpeg")
 NAMES = {
     "shardsight": "Shardsight, defaults",
     "shardsight_exact": "Shardsight, fp32, full decoding",
-    "ultralytics": "ultralytics, one process",
+    "ultralytics": "ultralytics, one process, told to use every core",
     "ray_data": "Ray Data, frames by PyAV",
     "daft": "Daft, `read_video_frames`",
     "ffmpeg": "FFmpeg's own command",
@@ -60,8 +61,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "detect.pt")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="repeatable; all by default")
     parser.add_argument("--only", choices=list(NAMES), action="append", help="contenders, repeatable; all by default")
-    measuring.options(parser, rounds=3)
-    args = parser.parse_args()
+    args = measuring.arguments(parser)
     if args.quick:
         args.count, args.rounds = 4, 1
     with tempfile.TemporaryDirectory() as work:
@@ -76,11 +76,15 @@ def main() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 return ["benchmarks.video_contenders", task, name, folders[size], out, args.weights]
 
+            def found(name: str, size: int, task: str = task) -> int | None:
+                counted = task == "detect" and name != "decoding"
+                return objects(Path(work) / "out", size * args.length) if counted else None
+
             names = [name for name in TASKS[task] if not args.only or name in args.only]
-            text = report(measuring.contest(names, list(folders), args.rounds, command), args)
+            text = report(measuring.contest(names, list(folders), args.rounds, command, found), args)
             print(text)
             if args.record:
-                measuring.record(f"Videos, {task}, {measuring.kind()}", text)
+                measuring.record(measuring.card(f"Videos, {task}", args), text)
 
 
 def report(runs: measuring.Runs, args: argparse.Namespace) -> str:

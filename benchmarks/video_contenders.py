@@ -40,8 +40,8 @@ def shardsight_exact(folder: str, out: str, weights: str) -> None:
 
 
 def ultralytics(folder: str, out: str, weights: str) -> None:
-    """`predict(stream=True)` over the folder."""
-    contenders.ultralytics(folder, out, weights, IMGSZ)
+    """`predict(stream=True)` over the folder, on every core."""
+    contenders.ultralytics_all(folder, out, weights, IMGSZ)
 
 
 def ray_data(folder: str, out: str, weights: str) -> None:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from benchmarks import measuring
 from benchmarks.measuring import Run
+from benchmarks.throughput import objects
 from benchmarks.video import make_clips
 from benchmarks.video_contenders import HEIGHT, IMGSZ, SIDE, WIDTH, _frames, _Model, crops, squash
 from demo.scenes import Scene
@@ -66,8 +68,9 @@ def test_clips_move(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_a_stream() -> None:
-    """Beyond the first rows, in whatever order processes note theirs."""
+    """Beyond the first rows, in whatever order processes note theirs, one by one or together."""
     assert measuring.stream("12.0 16\n10.0 16\n14.0 8\n") == (10.0, pytest.approx(24 / 4))
+    assert measuring.stream("10.0 8\n10.02 8\n12.0 16\n") == (10.0, pytest.approx(16 / 2))
     assert measuring.stream("") == (None, None)
     assert measuring.stream("10.0 16\n") == measuring.stream("10.0 16\n10.0 1\n") == (10.0, None)
 
@@ -94,14 +97,43 @@ def test_a_table_compares_round_by_round() -> None:
     """Ours is twice as fast in each round, however much the machine changes between them."""
     runs = {"ours": _runs(20, 100, 40), "slow": _runs(2, 10, 4), "peer": _runs(10, 50, 20), "bare": _runs(99, 99, 99)}
     lines = measuring.table(runs, {name: name for name in runs}, ["slow", "peer"], "rows", ["bare"]).splitlines()
-    assert lines[0] == "| | first row, s | 16, s | 400, s | rows/s | of the fastest peer | CPU, s | MB |"
+    assert lines[0] == "| | first row, s | 16, s | 400, s | rows/s | times the fastest peer | CPU, s | MB |"
     assert lines[2] == "| ours | 3.1 | 2.5 | 2.5 | 40.0 | 2.00× (2.00–2.00) | 10 | 1,000 |"
     assert lines[5].startswith("| bare |  |  |  | 99.0 | 4.95× (1.98–9.90) |  |")
+    commands = measuring.table(runs, {name: name for name in runs}, ["slow", "peer"], "rows", rate=False).splitlines()
+    assert commands[0] == "| | first row, s | 16, s | 400, s | times the fastest peer | CPU, s | MB |"
+    assert commands[2] == "| ours | 3.1 | 2.5 | 2.5 | 2.00× (2.00–2.00) | 10 | 1,000 |"
+
+
+def test_what_a_contender_left_is_counted(tmp_path: Path) -> None:
+    """A row without detections, or one too few, is no result to compare."""
+    (tmp_path / "results").mkdir()
+
+    def left(*detections: list[dict[str, Any]] | None) -> None:
+        table = pa.table({"detections": pa.array(detections, pa.list_(pa.struct([("label", pa.string())])))})
+        pq.write_table(table, tmp_path / "results" / "a.parquet")
+
+    left([{"label": "star"}, {"label": "ring"}], [])
+    assert objects(tmp_path, 2) == 2
+    with pytest.raises(SystemExit, match="should have 3 rows"):
+        objects(tmp_path, 3)
+    left([{"label": "star"}], None)
+    with pytest.raises(SystemExit, match="1 of them without"):
+        objects(tmp_path, 2)
+
+
+def test_a_contest_alternates_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[object] = []
+    run = Run(1, 1, 1, 1, 1, 1, 0)
+    monkeypatch.setattr(measuring, "measure", lambda *command: order.append(command[0]) or run)
+    runs = measuring.contest(["a", "b"], [16], 2, lambda name, size: [name], lambda name, size: len(name) + size)
+    assert order == ["a", "b", "b", "a"]
+    assert [one.objects for one in runs["a"][16]] == [17, 17]
 
 
 def test_noise_is_told() -> None:
     assert measuring.noise({"a": _runs(1, others=0.03)}) == "Other work took 3% of the machine, at most 3%."
-    assert "in 2 of 4 runs: **too much" in measuring.noise({"a": _runs(1), "b": _runs(1, others=0.2)})
+    assert "in 2 of 4 medians: **too much" in measuring.noise({"a": _runs(1), "b": _runs(1, others=0.2)})
 
 
 def test_a_card_replaces_its_own_alone(tmp_path: Path) -> None:
