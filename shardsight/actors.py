@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from shardsight import cluster
 from shardsight.decode.frames import default_fatal_signals
@@ -140,7 +139,8 @@ def _shares(names: list[str], gpus: float) -> dict[str, float]:
 def decoders(stages: list[Stage]) -> int:
     """How many processes read and decode at once: as many as find room beside the models. Without GPUs that is on all
     CPUs but one, as large pictures need them, and the models' threads rest meanwhile."""
-    left = ray.cluster_resources().get("CPU", 1) - sum(stage.cpus * stage.initial for stage in stages)
+    cpus = sum(node.get("CPU", 0.0) for node in cluster.nodes(stages[0].labels))
+    left = cpus - sum(stage.cpus * stage.initial for stage in stages)
     return max(1, int(left / DECODING + 1e-6))
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Share of the time by which more memory would shorten a job that memory bounds: it held reading back for so long, and
-# the busiest stage waited for as long.
+# Memory bounds a job where it held reading back for more than this share of the time, while the busiest stage waited.
 SAVED = 0.2
 SPILLED = 0.5  # share of the flow's bytes that may go to the disk
 # Of the stages that are no models, as a sentence calls them.
@@ -58,10 +57,10 @@ class Use:
         return stage, f"{self._why(stage, candidates[stage])}, {others}: {self._advice(stage)}"
 
     def line(self, queue: Mapping[str, int]) -> str:
-        """The shares, as "busy: decode 92%, yolo 38% (2 wait)". queue: stage → blocks that wait before it."""
+        """The shares, as "busy: decode 92%, yolo 38% (2 queued)". queue: stage → blocks that wait before it."""
         shares = {stage: share for stage, share in self.shares().items() if self.busy.get(stage)}
         said = [
-            f"{stage} {share:.0%}" + (f" ({queue[stage]} wait)" if queue.get(stage) else "")
+            f"{stage} {share:.0%}" + (f" ({queue[stage]} queued)" if queue.get(stage) else "")
             for stage, share in shares.items()
         ]
         return "busy: " + ", ".join(said) if said else ""

@@ -192,9 +192,10 @@ def waiting(requests: list[dict[str, float]], labels: dict[str, str] | None = No
         refused = any(_same(request, one) for one in scaling.infeasible_resource_requests)
         if not fits and (refused or not scaling.autoscaler_state_version):
             where = "".join(f" with {name}={value}" for name, value in (labels or {}).items())
+            others = " or ".join(["--label-selector"] * bool(labels) + ["--gpus-per-actor"] * ("GPU" in request))
             raise UsageError(
-                f"no node{where} of the Ray cluster has {_amounts(request)}, and none will be started: add one, or "
-                "choose another --gpus-per-actor"
+                f"no node{where} of the Ray cluster has {_amounts(request)}, and none will be started: add one"
+                + (f", or choose another {others}" if others else "")
             )
     free = ray.available_resources()
     names = sorted({name for request in missing for name in request})
@@ -207,7 +208,7 @@ def waiting(requests: list[dict[str, float]], labels: dict[str, str] | None = No
 
 
 def _amounts(request: dict[str, float]) -> str:
-    """CPUs are told in whole, as nodes have them."""
+    """As text. CPUs are rounded up, as nodes have whole ones."""
     whole = {name: math.ceil(amount) if name == "CPU" else amount for name, amount in sorted(request.items())}
     return " and ".join(f"{amount:g} {name}" for name, amount in whole.items())
 

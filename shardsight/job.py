@@ -48,7 +48,7 @@ class Watcher(Protocol):
         """So many more rows were computed, and so many errors written."""
 
     def use(self, line: str) -> None:
-        """How busy the stages have been, as "busy: decode 92%, yolo 38% (2 wait)"."""
+        """How busy the stages have been, as "busy: decode 92%, yolo 38% (2 queued)"."""
 
     def wait(self, line: str) -> None:
         """What the job waits for before it can begin, or go on; empty when it no longer waits. From another thread."""

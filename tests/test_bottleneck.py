@@ -43,7 +43,7 @@ def test_nothing_computed_has_no_bottleneck() -> None:
 
 def test_the_line_while_it_runs() -> None:
     made = use({"decode": 120, "yolo": 30})
-    assert made.line({"yolo": 2}) == "busy: decode 50%, yolo 25% (2 wait)"
+    assert made.line({"yolo": 2}) == "busy: decode 50%, yolo 25% (2 queued)"
     assert use({}).line({}) == ""
 
 

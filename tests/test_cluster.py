@@ -216,7 +216,6 @@ def test_decoding_has_most_cores_where_it_needs_them(
     node = {"CPU": cpus, "GPU": gpus}
     monkeypatch.setattr("shardsight.cluster.nodes", lambda _: [node])
     monkeypatch.setattr("shardsight.cluster.free_cpus", lambda: cpus)
-    monkeypatch.setattr("ray.cluster_resources", lambda: node)
     stages = plan({"yolo": {}, "paligemma": {}}, {"yolo": None, "paligemma": None}, None)
     assert decoders(stages) == count
 
