@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shardsight.object_stores import Unavailable
 from shardsight.results import lock as locks
 from shardsight.results.lock import Busy, Claim, Lost, lock
 from shardsight.results.writer import Results
@@ -158,6 +159,30 @@ def test_a_paused_run_goes_on_if_no_other_started(output: tuple[Storage, str]) -
             time.sleep(0.1)
         with pytest.raises(Busy), lock(out, storage):
             pass
+
+
+class Unanswered(Storage):
+    """Its conditional writes succeed, and their responses are lost."""
+
+    def write_if(self, uri: str, data: bytes, tag: str) -> str:
+        super().write_if(uri, data, tag)
+        raise Unavailable("no response")
+
+
+@pytest.mark.parametrize("output", ["moto", "gcs"], indirect=True)  # which support conditional writes
+def test_a_lost_response_does_not_cost_the_lock(output: tuple[Storage, str]) -> None:
+    """A run that stopped renewing after one lost response would be taken for dead while it still writes."""
+    storage, out = output
+    held = locks._ConditionalLock(Claim(out, "this", conditional=True), storage)
+    assert held.acquire()
+    for go_on, state in [(lambda: held.renew(storage), "holding"), (held.release, "released")]:
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                held.renew(Unanswered(storage.options, retry_seconds=0.0))
+        before = json.loads(storage.read(f"{out}/.lock"))
+        go_on()
+        after = json.loads(storage.read(f"{out}/.lock"))
+        assert after["state"] == state and after != before
 
 
 def test_everything_that_writes_checks_the_lock_first(output: tuple[Storage, str]) -> None:

@@ -107,8 +107,8 @@ def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
 def _supports_conditions(uri: str, storage: Storage) -> bool:
     """Whether a store refuses a write whose condition does not hold. rclone's server, for one, ignores conditions."""
     try:
-        first = _write_if(storage, uri, {"beats": 1}, "")
-        _write_if(storage, uri, {"beats": 2}, first)
+        first = _write_if(storage, uri, {"name": uri, "beats": 1}, "")
+        _write_if(storage, uri, {"name": uri, "beats": 2}, first)
         supports = all(_refuses(storage, uri, tag) for tag in ("", first))
     except Rejected:  # a store that knows no conditions, and says so
         supports = False
@@ -126,14 +126,18 @@ def _refuses(storage: Storage, uri: str, tag: str) -> bool:
 
 
 def _write_if(storage: Storage, uri: str, state: dict[str, Any], tag: str) -> str:
-    """As Storage.write_if, but succeeds too if the response to a successful write was lost. Raises Changed."""
+    """As Storage.write_if, but a tag may also be that of a write by the same run whose response was lost. Raises
+    Changed."""
     try:
         return storage.write_if(uri, json.dumps(state).encode(), tag)
     except (Changed, MissingObject) as error:
         with suppress(MissingObject):
             now = storage.tag(uri)  # first, so that the tag is never newer than the content
-            if _state(storage, uri) == state:
+            found = _state(storage, uri) or {}
+            if found == state:
                 return now
+            if found.get("name") == state["name"] and now != tag:
+                return _write_if(storage, uri, state, now)
         raise Changed(str(error)) from error
 
 
