@@ -185,6 +185,53 @@ def test_a_lost_response_does_not_cost_the_lock(output: tuple[Storage, str]) -> 
         assert after["state"] == state and after != before
 
 
+@pytest.mark.parametrize("output", ["moto"], indirect=True)
+def test_a_request_that_was_retried_for_long_makes_no_run_look_dead(
+    output: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two looks in short succession would take the lock of a run that lives, if the first took a minute."""
+    storage, out = output
+    holder, other = (locks._ConditionalLock(Claim(out, name, conditional=True), storage) for name in ("one", "two"))
+    clock, looks, tag = [0.0], [0], Storage.tag
+
+    def throttled(self: Storage, uri: str) -> str:
+        looks[0] += 1
+        clock[0] += 60.0 if looks[0] == 1 else 0.0
+        if looks[0] == 3:
+            holder.renew(storage)
+        return tag(self, uri)
+
+    monkeypatch.setattr(locks, "_now", lambda: clock[0])
+    assert holder.acquire()
+    monkeypatch.setattr(Storage, "tag", throttled)
+    assert not other.acquire()
+
+
+@pytest.mark.parametrize("output", ["rclone"], indirect=True)
+def test_a_request_for_another_run_makes_no_run_look_dead(
+    output: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each run has an object, the age of one must not count the minute that another's took to be read."""
+    storage, out = output
+    holder, waiting, other = (locks._ListedLock(Claim(out, name, conditional=False), storage) for name in "abc")
+    clock, looks, read = [0.0], [0], Storage.read
+
+    def throttled(self: Storage, uri: str) -> bytes:
+        if uri == waiting.claim.uri:
+            looks[0] += 1
+            if looks[0] == 2:
+                clock[0] += 60.0
+                holder._write(storage)
+        return read(self, uri)
+
+    monkeypatch.setattr(locks, "_now", lambda: clock[0])
+    assert holder.acquire()
+    waiting._write(storage)
+    monkeypatch.setattr(Storage, "read", throttled)
+    assert not other.acquire()
+    assert storage.exists(holder.claim.uri)
+
+
 def test_everything_that_writes_checks_the_lock_first(output: tuple[Storage, str]) -> None:
     """Write tasks run in other processes, perhaps on other machines, that were not suspended with the run."""
     storage, out = output

@@ -162,7 +162,7 @@ class _ConditionalLock:
 
     def acquire(self) -> bool:
         """Whether this run holds the output now."""
-        seen, since = "", _now()
+        seen, since = "", 0.0
         while True:
             try:
                 tag = self.storage.tag(self.claim.uri)
@@ -173,7 +173,8 @@ class _ConditionalLock:
                 return self._write("holding", tag)
             if seen and tag != seen:
                 return False
-            seen = tag
+            if not seen:
+                seen, since = tag, _now()  # after the request, which may have been retried for minutes
             time.sleep(HEARTBEAT / 4)
 
     def renew(self, storage: Storage) -> None:
@@ -212,14 +213,18 @@ class _ListedLock:
         """Whether this run holds the output now."""
         self._write(self.storage)
         watched: dict[str, tuple[dict[str, Any], float]] = {}
-        while others := self._others():
+        while True:
+            looked = _now()  # before the requests, which may be retried for minutes
+            others = self._others()
+            if not others:
+                break
             for uri, state in others.items():
                 before, since = watched.get(uri, (None, 0.0))
                 if state != before:
                     watched[uri] = state, _now()
                     if before and (state["state"] == "holding" or uri < self.claim.uri):
                         return False
-                elif _now() - since > LIVES * HEARTBEAT:
+                elif looked - since > LIVES * HEARTBEAT:
                     with suppress(FileNotFoundError):
                         self.storage.remove(uri)
             time.sleep(HEARTBEAT / 4)
