@@ -1,6 +1,6 @@
 """One run at a time for an output: on a disk by a lock of the kernel, in a store by an object that the run renews.
 
-A run that was paused, or cut off from the store, for longer than LIVES heartbeats is considered dead, and another may
+A run that was paused, or cut off from the store, for longer than MISSED_HEARTBEATS is considered dead, and another may
 have started. So each process that writes to a store first checks that its run still holds the output.
 """
 
@@ -18,7 +18,7 @@ from shardsight.object_stores import Changed, MissingObject, Rejected
 from shardsight.storage import Storage, StorageError, explain, is_remote
 
 HEARTBEAT = 2.0  # seconds between the renewals of a lock in a store
-LIVES = 3  # heartbeats without a renewal after which a run is considered dead
+MISSED_HEARTBEATS = 3  # after which a run is considered dead
 
 
 class Busy(StorageError):
@@ -107,10 +107,10 @@ def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
 def _supports_conditions(uri: str, storage: Storage) -> bool:
     """Whether a store refuses a write whose condition does not hold. rclone's server, for one, ignores conditions."""
     try:
-        first = _write_if(storage, uri, {"name": uri, "beats": 1}, "")
-        _write_if(storage, uri, {"name": uri, "beats": 2}, first)
+        first = _write_if(storage, uri, {"name": uri, "writes": 1}, "")
+        _write_if(storage, uri, {"name": uri, "writes": 2}, first)
         supports = all(_refuses(storage, uri, tag) for tag in ("", first))
-    except Rejected:  # a store that knows no conditions, and says so
+    except Rejected:  # a store that refuses conditional writes, which it does not implement
         supports = False
     with suppress(FileNotFoundError):
         storage.remove(uri)
@@ -152,12 +152,12 @@ def _state(storage: Storage, uri: str) -> dict[str, Any] | None:
 class _ConditionalLock:
     """A lock of one object, `.lock`, which each run writes only if it is unchanged since the run read it.
 
-    A run that finds it held waits for LIVES heartbeats, and takes it over if it was not renewed. It is never removed.
+    A run that finds it held waits for MISSED_HEARTBEATS, and takes it over if it was not renewed. It is never removed.
     """
 
     def __init__(self, claim: Claim, storage: Storage) -> None:
         self.claim, self.storage = claim, storage
-        self.beats = 0
+        self.writes = 0  # written too, as a tag may be a hash of the content
         self.tag = ""  # of the object as this run wrote it; empty before
 
     def acquire(self) -> bool:
@@ -169,8 +169,8 @@ class _ConditionalLock:
             except FileNotFoundError:
                 tag = ""
             free = not tag or (_state(self.storage, self.claim.uri) or {}).get("state") == "released"
-            if free or (tag == seen and _now() - since > LIVES * HEARTBEAT):
-                return self._write("holding", tag)
+            if free or (tag == seen and _now() - since > MISSED_HEARTBEATS * HEARTBEAT):
+                return self._write(self.storage, "holding", tag)
             if seen and tag != seen:
                 return False
             if not seen:
@@ -180,18 +180,18 @@ class _ConditionalLock:
     def renew(self, storage: Storage) -> None:
         """Show that this run is alive."""
         if self.tag:
-            self._write("holding", self.tag, storage)
+            self._write(storage, "holding", self.tag)
 
     def release(self) -> None:
         if self.tag:
-            self._write("released", self.tag)
+            self._write(self.storage, "released", self.tag)
 
-    def _write(self, state: str, tag: str, storage: Storage | None = None) -> bool:
-        """Whether the object still had this tag."""
-        self.beats += 1
-        content = {"name": self.claim.name, "state": state, "beats": self.beats}
+    def _write(self, storage: Storage, state: str, tag: str) -> bool:
+        """Whether the object still had this tag, or that of a write of this run."""
+        self.writes += 1
+        content = {"name": self.claim.name, "state": state, "writes": self.writes}
         try:
-            self.tag = _write_if(storage or self.storage, self.claim.uri, content, tag)
+            self.tag = _write_if(storage, self.claim.uri, content, tag)
         except Changed:
             return False
         return True
@@ -202,12 +202,12 @@ class _ListedLock:
 
     Each run writes and renews its own object, and lists the others. It gives up if another run that is alive holds the
     output. Of two runs that are both claiming it, the one whose name sorts last gives up, and the other waits until
-    that one's object is gone. An object that is not renewed for LIVES heartbeats is a dead run's, and is removed.
+    that one's object is gone. An object that is not renewed for MISSED_HEARTBEATS is a dead run's, and is removed.
     """
 
     def __init__(self, claim: Claim, storage: Storage) -> None:
         self.claim, self.storage = claim, storage
-        self.state, self.beats, self.renewed = "claiming", 0, _now()
+        self.state, self.writes, self.renewed = "claiming", 0, _now()
 
     def acquire(self) -> bool:
         """Whether this run holds the output now."""
@@ -224,7 +224,7 @@ class _ListedLock:
                     watched[uri] = state, _now()
                     if before and (state["state"] == "holding" or uri < self.claim.uri):
                         return False
-                elif looked - since > LIVES * HEARTBEAT:
+                elif looked - since > MISSED_HEARTBEATS * HEARTBEAT:
                     with suppress(FileNotFoundError):
                         self.storage.remove(uri)
             time.sleep(HEARTBEAT / 4)
@@ -243,19 +243,19 @@ class _ListedLock:
     def renew(self, storage: Storage) -> None:
         """Show that this run is alive; after a pause in which it may have been considered dead, only if no other run
         has started."""
-        begun = _now()
-        paused = begun - self.renewed > (LIVES - 1) * HEARTBEAT
+        began = _now()
+        paused = began - self.renewed > (MISSED_HEARTBEATS - 1) * HEARTBEAT
         if paused and self.claim.runs(storage) != [self.claim.uri]:
             return
         self._write(storage)
-        self.renewed = begun
+        self.renewed = began
 
     def release(self) -> None:
         self.storage.remove(self.claim.uri)
 
     def _write(self, storage: Storage) -> None:
-        self.beats += 1
-        storage.write(self.claim.uri, json.dumps({"state": self.state, "beats": self.beats}).encode())
+        self.writes += 1
+        storage.write(self.claim.uri, json.dumps({"state": self.state, "writes": self.writes}).encode())
 
 
 def _now() -> float:
