@@ -18,7 +18,7 @@ from shardsight.object_stores import Unavailable
 from shardsight.results import lock as locks
 from shardsight.results.lock import Busy, Claim, Lost, lock
 from shardsight.results.writer import Results
-from shardsight.storage import Storage
+from shardsight.storage import Storage, StorageError
 from tests.conftest import ROOT, S3, S3_KEY, S3_SECRET, place
 from tests.test_results import rows
 
@@ -264,4 +264,14 @@ def test_lock_on_disk(tmp_path: Path) -> None:
         with pytest.raises(Busy), lock(str(tmp_path), Storage()):
             pass
     with lock(str(tmp_path), Storage()):
+        pass
+
+
+def test_an_output_that_cannot_be_locked(tmp_path: Path, moto: Storage) -> None:
+    """A lock that may not be written, or is something else, is a wrong request, not a traceback."""
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(StorageError, match=r"cannot be locked .*: choose another --output"), lock(str(tmp_path), moto):
+        pass
+    moto.write("s3://bucket/copied/.lock", b"")
+    with pytest.raises(StorageError, match=r"is not a run's lock .*: remove it"), lock("s3://bucket/copied", moto):
         pass

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,13 +76,14 @@ def lock(out: str, storage: Storage) -> Iterator[Claim | None]:
     """
     busy = f"another run is writing to {out}: wait for it, or choose another --output"
     if not is_remote(out):
-        with open(f"{out}/.lock", "w") as file:
+        with ExitStack() as opened:
             try:
+                file = opened.enter_context(open(f"{out}/.lock", "w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when the process ends
             except BlockingIOError:
                 raise Busy(busy) from None
             except OSError as error:
-                raise StorageError(f"{out} cannot be locked ({error}): choose an --output on another disk") from error
+                raise StorageError(f"{out} cannot be locked ({error}): choose another --output") from error
             yield None
         return
     name, stop = uuid.uuid4().hex, threading.Event()
@@ -142,11 +143,15 @@ def _write_if(storage: Storage, uri: str, state: dict[str, Any], tag: str) -> st
 
 
 def _state(storage: Storage, uri: str) -> dict[str, Any] | None:
-    """The content of a lock's object; None if there is none."""
+    """The content of a lock's object; None if there is none. Raises StorageError."""
     try:
-        return json.loads(storage.read(uri))
+        content = storage.read(uri)
     except FileNotFoundError:
         return None
+    try:
+        return json.loads(content)
+    except ValueError as error:  # as of the file that locks an output on a disk, if that was copied
+        raise StorageError(f"{uri} is not a run's lock ({error}): remove it, or choose another --output") from error
 
 
 class _ConditionalLock:
