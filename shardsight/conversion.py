@@ -165,10 +165,7 @@ def _check_contents(out: str, to: str, contents: Contents) -> None:
 
 
 def _job(out: str, storage: Storage) -> dict[str, Any]:
-    try:
-        job = Results(out, storage).job()
-    except Exception as error:
-        raise StorageError(explain(out, error)) from error
+    job = Results(out, storage).job()
     if job is None:
         raise UsageError(f"{out} holds no job.json: give the --output of a job")
     return job

@@ -282,6 +282,9 @@ def test_refusals(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detect
     shutil.copy(detector, weights)
     code, said = annotate(folder, *fine, "--conf", 0.5)
     assert code == 2 and "not written by Shardsight" in said
+    (out / "job.json").write_text("{}")
+    code, said = annotate(folder, *fine)
+    assert code == 2 and "not of a Shardsight job" in said and said.count("\n") == 1
 
 
 def test_two_jobs_into_one_output(tmp_path: Path, jpegs: list[bytes], annotate: Annotate, detector: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardsight.decode.frames import TABLE
 from shardsight.results.coverage import Coverage, Ranges, UnitCoverage, hashes
-from shardsight.results.writer import Results
+from shardsight.results.writer import FOOTER, Results
 from shardsight.row import FRAME, ROW
 from shardsight.storage import Storage, StorageError
 from tests.conftest import place
@@ -144,6 +144,36 @@ def test_foreign_files_are_refused(results: Results) -> None:
     pq.write_table(pa.table({"a": [1]}), f"{results.folder}/x.parquet")
     with pytest.raises(StorageError, match="not written by Shardsight"):
         results.done()
+
+
+def test_damaged_files_are_named_and_kept(results: Results) -> None:
+    """A copy that was cut off must not be a traceback, and what it holds must not be deleted unasked."""
+    results.write(table(("a", 0), ("a", 1), failed=(1,)), 100)
+    (path,) = Path(results.folder).iterdir()
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    foreign = pq.read_table(path).replace_schema_metadata({FOOTER: b"{}"})
+    for damaged in (b"", whole[:-30], whole[:footer] + bytes(20) + whole[footer + 20 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(StorageError, match=rf"^{path} cannot be read .* finished rows, so restore it.*again$"):
+            results.done()
+        assert path.read_bytes() == damaged
+    pq.write_table(foreign, path)
+    with pytest.raises(StorageError, match="cannot be read as a results file"):
+        results.done()
+    path.write_bytes(whole[:4] + bytes(footer - 4) + whole[footer:])
+    assert results.done().rows == 2
+    with pytest.raises(StorageError, match="cannot be read as a results file"):
+        results.drop_errors()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"\xff", b"[]", b'{"name": "another tool"}'])
+def test_a_broken_or_foreign_job_file_is_refused(results: Results, content: bytes) -> None:
+    Path(results.job_file).write_bytes(content)
+    with pytest.raises(StorageError, match=rf"^{results.job_file} is damaged, or not of a Shardsight job: choose"):
+        results.job()
+    results.clear()
+    assert results.job() is None
 
 
 def test_changed_inputs_are_dropped_from_every_file(results: Results) -> None:

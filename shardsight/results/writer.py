@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from shardsight.errors import UsageError
+from shardsight.object_stores import Rejected
 from shardsight.results.coverage import Coverage, Hashes, among, hashes
 from shardsight.results.lock import Claim, lock
 from shardsight.row import PLACE, ROW, STAGES
-from shardsight.storage import Storage, StorageError, is_remote
+from shardsight.storage import Storage, StorageError, explain, is_remote
 
 FOOTER = b"shardsight"
 _EVIDENCE = [*(name for name, _ in PLACE), "id", "error"]
@@ -95,7 +96,7 @@ class Results:
             self.claim.check(self.storage)
 
     def files(self) -> list[tuple[str, Coverage]]:
-        """Every results file with what it holds. Raises StorageError for a file that Shardsight did not write."""
+        """Every results file with what it holds. Raises StorageError for one that is damaged, or not Shardsight's."""
         paths = self._paths(".parquet")
         with ThreadPoolExecutor(16) as pool:
             return list(zip(paths, pool.map(self._evidence, paths), strict=True))
@@ -106,11 +107,25 @@ class Results:
         return [entry.uri for entry in self.storage.walk(self.folder) if entry.uri.endswith(suffix)]
 
     def _evidence(self, path: str) -> Coverage:
-        with self.storage.open(path) as file:
+        with self._opened(path) as file:
             evidence = (pq.read_metadata(file).metadata or {}).get(FOOTER)
-        if evidence is None:
-            raise StorageError(f"{path} was not written by Shardsight: choose another --output")
-        return Coverage.loads(evidence)
+            if evidence is None:
+                raise StorageError(f"{path} was not written by Shardsight: choose another --output")
+            return Coverage.loads(evidence)
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[BinaryIO]:
+        """A results file, while it is parsed. Raises StorageError; nothing is removed, as it may hold finished rows."""
+        try:
+            with self.storage.open(path) as file:
+                yield file
+        except (StorageError, PermissionError, FileNotFoundError, Rejected) as error:
+            raise StorageError(explain(path, error)) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow raises the first two
+            raise StorageError(
+                f"{path} cannot be read as a results file ({' '.join(str(error).split())}): it may hold finished rows, "
+                "so restore it, or remove it to compute them again"
+            ) from error
 
     def done(self) -> Coverage:
         """What all files hold. If some rows are there twice, as a repeated write had other bounds, removes them."""
@@ -124,7 +139,7 @@ class Results:
     def _keep_first(self, files: list[tuple[str, Coverage]]) -> None:
         ids = Hashes()
         for path, coverage in sorted(files, key=lambda file: -file[1].rows):
-            with self.storage.open(path) as file:
+            with self._opened(path) as file:
                 new = ids.add(hashes(pq.read_table(file, columns=["id"])["id"].to_pylist()))
             if not new.all():
                 self._keep(path, coverage, lambda _: new)  # noqa: B023
@@ -162,7 +177,7 @@ class Results:
     def _keep(self, path: str, coverage: Coverage, keep: Callable[[pa.Table], np.ndarray]) -> None:
         """Rewrite a file with some of its rows: in place, so that no reader sees a row twice or misses the file. If no
         row is left, remove it. keep: table of _EVIDENCE, a row for each of the file's → which to keep, bool (n,)."""
-        with self.storage.open(path) as file:
+        with self._opened(path) as file:
             rows = pq.read_table(file)
         places = pa.Table.from_pylist(coverage.of_rows(rows["id"].to_pylist()), schema=pa.schema(PLACE))
         evidence = places.append_column("id", rows["id"]).append_column("error", rows["error"])
@@ -219,11 +234,21 @@ class Results:
             os.makedirs(self.folder, exist_ok=True)
 
     def job(self) -> dict[str, Any] | None:
-        """The content of job.json; None if there is none."""
+        """The content of job.json; None if there is none. Raises StorageError."""
         try:
-            return json.loads(self.storage.read(self.job_file))
+            text = self.storage.read(self.job_file)
         except FileNotFoundError:
             return None
+        except (OSError, Rejected) as error:
+            raise StorageError(explain(self.job_file, error)) from error
+        with suppress(ValueError):
+            content = json.loads(text)
+            if isinstance(content, dict) and {"configuration", "models"} <= content.keys():
+                return content
+        raise StorageError(
+            f"{self.job_file} is damaged, or not of a Shardsight job: choose another output, or remove it if its "
+            "results are of the same settings"
+        )
 
     def save_job(self, content: dict[str, Any]) -> None:
         self._check()

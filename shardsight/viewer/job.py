@@ -45,10 +45,7 @@ def show(
         raise UsageError(f"--count {count}: expected 0 or more pictures")
     out = out.rstrip("/") if is_remote(out) else os.path.abspath(os.path.expanduser(out))
     given = dict(storage or {})
-    try:
-        job = Results(out, Storage(given, RETRY_SECONDS)).job()
-    except Exception as error:
-        raise StorageError(explain(out, error)) from error
+    job = Results(out, Storage(given, RETRY_SECONDS)).job()
     if job is None:
         raise UsageError(f"{out} holds no job.json: give the --output of a job")
     data = summary(out, job, count, Storage(job["configuration"]["storage"] | given, RETRY_SECONDS))
