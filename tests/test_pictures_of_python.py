@@ -76,6 +76,20 @@ def test_pillow_pictures_are_seen_as_their_files_are(mode: str) -> None:
     assert (shown(image) == shown(encoded(image))).all()
 
 
+def test_grey_of_16_bits_is_seen_as_its_file_is() -> None:
+    """Of a PGM, in which Pillow takes them for integers of 32."""
+    data = b"P5 3 2 65535\n" + np.arange(0, 60_000, 10_000).astype(">u2").tobytes()
+    assert (shown(Image.open(io.BytesIO(data))) == shown(data)).all()
+
+
+@pytest.mark.parametrize(("name", "format"), [("a picture", None), ("TIFF", "TIFF")])
+def test_a_picture_without_a_defined_brightness_is_told_by_its_format(name: str, format: str | None) -> None:
+    image = Image.new("F", (4, 4))
+    picture = Image.open(io.BytesIO(encoded(image, format))) if format else image
+    said = f"{name} of floating-point numbers, which have no defined brightness"
+    assert from_pictures(picture, LETTERBOX)["error"].to_pylist()[0]["message"] == said
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pillow_pictures_are_turned_as_their_files_are(orientation: int) -> None:
     exif = Image.Exif()

@@ -205,11 +205,13 @@ def _open_heif(data: bytes) -> Image.Image:
     try:
         heif = pi_heif.open_heif(data)
         _check_size(*heif.size)
-        return heif.to_pillow()
+        picture = heif.to_pillow()
     except Failure:
         raise
     except Exception as error:
         raise _failure("HEIF", error) from None
+    picture.format = "HEIF"
+    return picture
 
 
 def _failure(name: str, error: Exception) -> Failure:
@@ -228,7 +230,7 @@ def _failure(name: str, error: Exception) -> Failure:
 
 def rgb(image: Image.Image, bits: int = 16) -> np.ndarray:
     """A Pillow picture → RGB uint8 (h, w, 3), alpha over white. bits: used of 16, for one channel. Raises Failure."""
-    name = image.format or "HEIF"
+    name = image.format or "a picture"
     try:
         image.load()
         colours = image if image.mode[0] in "IF" else _over_white(image)

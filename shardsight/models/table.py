@@ -108,9 +108,11 @@ def _row(picture: Any, input: Input | None) -> dict[str, Any]:
 def _pillow(picture: Image.Image) -> np.ndarray:
     """As from a file: after EXIF orientation, alpha over white. Raises Failure."""
     try:
-        return rgb(ImageOps.exif_transpose(picture))
+        upright = ImageOps.exif_transpose(picture)
     except OSError as error:  # Pillow reads a file's pixels only now
         raise Failure.of(error) from error
+    upright.format = picture.format  # of a copy it is None; it decides how 16 bits are read
+    return rgb(upright)
 
 
 def _array(picture: Any) -> np.ndarray:
