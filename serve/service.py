@@ -115,14 +115,16 @@ class YoloReplica(Replica):
         """A video → packed tables of its rows in order with `detections`, `classes` or `error`. tracker: name and
         settings. frames: keep them, for the next model. Raises ModelDied, Failure."""
         with self.noting_failure():
-            tracking = None
-            if tracker:
-                with self.lock:
-                    tracking = self.model.tracker(*tracker)
+            tracking = await asyncio.to_thread(self.tracker, *tracker) if tracker else None
             async with aclosing(read(video)) as tables:
                 async for table in tables:
                     found = await asyncio.to_thread(self.follow, table, thresholds, tracking)
                     yield pack(found if frames else without_frames(found))
+
+    def tracker(self, name: str, config: dict[str, Any]) -> Any:
+        """See Yolo. Not in the event loop, which health checks need, as it waits for what is being computed."""
+        with self.lock:
+            return self.model.tracker(name, config)
 
     def follow(self, table: pa.Table, thresholds: Thresholds, tracking: Any) -> pa.Table:
         """The next table of a video. Raises ModelDied."""

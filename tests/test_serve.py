@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from serve.problem import MAX_BODY_BYTES, Problem
 from serve.videos import Video, read
 from shardsight.decode.frames import Load
 from shardsight.decode.video import Sampling
+from shardsight.errors import UsageError
 from shardsight.models.info import ModelDied
 from shardsight.object_stores import NoAccess, Rejected, Unavailable
 from shardsight.row import Failure
@@ -472,6 +474,30 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
 
 
 # --- Videos
+
+
+def test_a_video_that_waits_for_the_model_holds_up_nothing_else(one_ray: str) -> None:
+    """While its thread computes for others, the replica answers other calls, and that it is ready."""
+    from serve.service import YoloReplica
+
+    replica, loop = YoloReplica({"model": str(WEIGHTS / "detect.pt")}), asyncio.new_event_loop()
+
+    async def video() -> None:
+        async for _ in replica.video(Mock(), (0.25, 0.7, 300, None), ("none", {}), False):
+            pass
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        with replica.lock:  # as while it computes
+            waiting = asyncio.run_coroutine_threadsafe(video(), loop)
+            asyncio.run_coroutine_threadsafe(replica.ready(), loop).result(timeout=60)
+            assert not waiting.done()
+        with pytest.raises(UsageError, match="there is no tracker none"):
+            waiting.result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 def test_a_video_has_the_rows_of_the_job(
