@@ -13,6 +13,7 @@ from shardsight.settings import Class, Models
 from shardsight.storage import is_remote
 
 HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-z:.%]+\])(:\d{1,5})?", re.IGNORECASE | re.ASCII)
+STORES = "s3://, gs:// or az://"
 _ORIGIN = re.compile(f"https?://{HOST.pattern}", HOST.flags)
 # A grey picture, for /docs to try with.
 EXAMPLE = (
@@ -38,7 +39,7 @@ class Arguments(Models):
     max_videos: int = Field(4, ge=1, description="videos processed at once; further ones get 429")
     deadline: float = Field(60, gt=0, description="seconds for the request to arrive and the answer to be sent")
     max_concurrent: int = Field(128, ge=1, description="requests processed at once; further ones get 429")
-    allowed_prefixes: list[str] = Field([], description="s3:// prefixes whose pictures may be asked for by uri")
+    allowed_prefixes: list[str] = Field([], description=f"{STORES} prefixes whose pictures may be asked for by uri")
     allowed_origins: list[str] = Field([], description="sites whose pages may call this server, as https://HOST[:PORT]")
     root_path: str = Field("", description="path below which a proxy in front publishes this server, as /vision")
     gpus: float = Field(0, ge=0, description="per replica; less than 1 lets replicas share one")
@@ -51,7 +52,7 @@ class Arguments(Models):
     def _prefixes(cls, value: list[str]) -> list[str]:
         for prefix in value:
             if not is_remote(prefix):
-                raise ValueError(f"{prefix}: expected s3://BUCKET/ or s3://BUCKET/FOLDER/")
+                raise ValueError(f"{prefix}: expected an {STORES} prefix, as s3://BUCKET/ or s3://BUCKET/FOLDER/")
         return [prefix.rstrip("/") + "/" for prefix in value]
 
     @field_validator("allowed_origins")
@@ -136,14 +137,15 @@ class Body(Options):
     """A picture by name, as JSON."""
 
     image: str = Field(
-        description="a data: uri with the encoded picture, or an s3:// uri under an allowed prefix", examples=[EXAMPLE]
+        description=f"a data: uri with the encoded picture, or an {STORES} uri under an allowed prefix",
+        examples=[EXAMPLE],
     )
 
 
 class VideoBody(VideoOptions):
     """A video by name, as JSON."""
 
-    video: str = Field(description="a data: uri with the encoded video, or an s3:// uri under an allowed prefix")
+    video: str = Field(description=f"a data: uri with the encoded video, or an {STORES} uri under an allowed prefix")
 
 
 SomeOptions = TypeVar("SomeOptions", bound=Options)

@@ -16,8 +16,8 @@ from serve.service import Gateway
 from shardsight.models.paligemma.prompts import Prompt, PromptError, Sampling
 
 STARTED = int(time.time())
-LIMITS = """One user message with one text and one picture, a `data:` uri or an `s3://` uri under an allowed prefix; \
-PaliGemma was trained without system messages and without several turns.
+LIMITS = """One user message with one text and one picture, a `data:` uri or an `s3://`, `gs://` or `az://` uri under \
+an allowed prefix; PaliGemma was trained without system messages and without several turns.
 
 The text is one of PaliGemma's forms: `caption en`, `ocr`, `answer en QUESTION`, `detect a ; b`, `segment a`, or free \
 text for models of PaliGemma 2 mix.

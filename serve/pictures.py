@@ -14,7 +14,7 @@ from starlette.datastructures import FormData, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from serve.arguments import Arguments, Body, Options, VideoBody, VideoOptions, json_object, options
+from serve.arguments import STORES, Arguments, Body, Options, VideoBody, VideoOptions, json_object, options
 from serve.problem import Problem, too_large
 from shardsight.decode.pictures import MAX_PIXELS, stored_size
 from shardsight.models import selection
@@ -99,7 +99,7 @@ class Pictures:
         plain = is_remote(uri) and not any(part in (".", "..") for part in uri.split("/"))
         if not (plain and uri.startswith(tuple(self.arguments.allowed_prefixes))):
             kind = "image/jpeg" if field == IMAGE else "video/mp4"
-            forms = f"a data: uri (data:{kind};base64,…), or an s3:// uri under a prefix that this server allows"
+            forms = f"a data: uri (data:{kind};base64,…), or an {STORES} uri under a prefix that this server allows"
             raise Problem(422, f"{field}: expected {forms}")
         limit = self._limit(field)
         what = "picture" if field == IMAGE else field

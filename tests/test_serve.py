@@ -473,6 +473,17 @@ def test_pictures_of_a_store(ask: httpx.Client, s3: S3, jpegs: list[bytes]) -> N
         assert refused.status_code == 422 and "row" not in refused.json(), name
 
 
+def test_prefixes_of_every_store_may_be_allowed() -> None:
+    """A refusal names them all."""
+    prefixes = ["s3://one/", "gs://two/", "az://three/"]
+    assert Arguments(allowed_prefixes=prefixes).allowed_prefixes == prefixes
+    with pytest.raises(ValueError, match=r"/pictures: expected an s3://, gs:// or az:// prefix"):
+        Arguments(allowed_prefixes=["/pictures"])
+    with pytest.raises(Problem) as problem:
+        asyncio.run(Pictures(Arguments(allowed_prefixes=prefixes), Storage()).fetch("gs://other/a.jpg"))
+    assert "an s3://, gs:// or az:// uri under a prefix that this server allows" in problem.value.detail
+
+
 # --- Videos
 
 
