@@ -1,11 +1,14 @@
 """Stop texts in answers that come a piece at a time."""
 
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsight.models.paligemma.answers import visible
+from shardsight.models.info import ModelError
+from shardsight.models.paligemma.answers import Answers, visible
 
 letters = st.text("ab.", max_size=4)
 
@@ -31,3 +34,9 @@ def test_earliest_of_several() -> None:
     assert visible("a cat. a dog", [" a", "cat"], finished=True) == ("a ", True)
     assert visible("a cat", ["cats"], finished=False) == ("a ", False)
     assert visible("a cat", ["cats"], finished=True) == ("a cat", False)
+
+
+def test_a_tokenizer_without_places_is_told_by_its_folder() -> None:
+    """As a Gemma's own is."""
+    with pytest.raises(ModelError, match=r"^/models/mine: the tokenizer lacks <loc0000>: save the model with"):
+        Answers(SimpleNamespace(get_vocab=dict), "/models/mine")

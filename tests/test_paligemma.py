@@ -245,8 +245,10 @@ def test_known_before_it_is_loaded(tmp_path: Path) -> None:
     assert info.kv_values == 2 * 3 * 1 * 32 and len(info.sha256) == 64
     assert info.parameters == sum(weight.numel() for weight in Reference(model).model.parameters())
     fits(info, "bf16", available=10 * info.parameters, tokens=256)
-    with pytest.raises(ModelError, match="use a smaller model, a shorter precision, or more devices"):
+    with pytest.raises(ModelError, match=r"are free: use a smaller model, or --precision bf16$"):
         fits(info, "fp32", available=4 * info.parameters, tokens=256)
+    with pytest.raises(ModelError, match=r"are free: use a smaller model$"):
+        fits(info, "fp16", available=2 * info.parameters, tokens=256)
     fits(info, "fp32", available=4 * info.parameters, tokens=256, devices=2)
     published = inspect(str(as_published(model)))
     assert published.parameters == info.parameters and published.sha256 != info.sha256
@@ -317,7 +319,10 @@ def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be read as a PaliGemma"),
         (_edit("config.json", lambda config: config.update(tie_word_embeddings=False)), r"lack lm_head\.weight"),
         (_edit("config.json", lambda config: config.update(model_type="gemma")), "is a gemma, not a PaliGemma"),
-        (_edit("config.json", lambda config: config["vision_config"].update(image_size=224)), "its model sees 224"),
+        (
+            _edit("config.json", lambda config: config["vision_config"].update(image_size=224)),
+            "sees 224 .*: make the two",
+        ),
     ],
 )
 def test_folder_refused(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
+def checkpoints(path: Path) -> None:
+    """As ultralytics leaves them."""
+    path.mkdir()
+    for name in ("last.pt", "best.pt"):
+        shutil.copy(DETECTOR, path / name)
+
+
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text.pt": (lambda path: path.write_text("hello"), "no checkpoint at all: it begins with b'hello'"),
     "empty.pt": (lambda path: path.touch(), "is empty"),
@@ -146,7 +153,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights.safetensors": (lambda path: path.write_bytes(b"x"), "neither a .pt file nor an export"),
     "folder": (lambda path: path.mkdir(), "neither a .pt file nor an export"),
     "a_openvino_model": (lambda path: path.mkdir(), "lacks the file of the model"),
-    "plan.engine": (lambda path: path.write_bytes(b"x"), "Python package tensorrt, which is not installed"),
+    "checkpoints": (checkpoints, r"checkpoints holds 2 \.pt files: name the one to use, as .*/best\.pt$"),
+    "plan.engine": (
+        lambda path: path.write_bytes(b"x"),
+        "Python package tensorrt, which is not installed: python -m pip install tensorrt$",
+    ),
 }
 
 

@@ -82,6 +82,11 @@ def sha256_of(file: Path) -> str:
 
 
 def weights_of(path: Path) -> Path:
-    """The file of weights that a folder with one `.pt` stands for, such as the `best/` of a sweep; else the path."""
-    found = list(path.glob("*.pt")) if path.is_dir() else []
+    """The file of weights that a folder with one `.pt` stands for, such as the `best/` of a sweep; else the path.
+
+    Raises ModelError where there are several.
+    """
+    found = sorted(path.glob("*.pt")) if path.is_dir() else []
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} .pt files: name the one to use, as {found[0]}")
     return found[0] if len(found) == 1 else path

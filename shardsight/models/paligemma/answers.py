@@ -31,7 +31,7 @@ class Answers:
     """Reads answers. Masks are decoded where the model's folder holds `vae-oid.npz`. Raises ModelError, MaskError."""
 
     def __init__(self, tokenizer: Any, folder: str) -> None:
-        self.vocabulary = _vocabulary(tokenizer)
+        self.vocabulary = _vocabulary(tokenizer, folder)
         path = Path(folder) / MASKS
         self.masks = MaskDecoder.load(path) if path.exists() else None
 
@@ -92,7 +92,7 @@ def visible(text: str, stop: Sequence[str], finished: bool) -> tuple[str, bool]:
     return text[: len(text) - held], False
 
 
-def _vocabulary(tokenizer: Any) -> Vocabulary:
+def _vocabulary(tokenizer: Any, folder: str) -> Vocabulary:
     ids = tokenizer.get_vocab()
     try:
         return Vocabulary(
@@ -101,4 +101,6 @@ def _vocabulary(tokenizer: Any) -> Vocabulary:
             decode=lambda part: tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         )
     except KeyError as error:
-        raise ModelError(f"its tokenizer lacks {error.args[0]}: save it with PaliGemmaProcessor") from None
+        raise ModelError(
+            f"{folder}: the tokenizer lacks {error.args[0]}: save the model with PaliGemmaProcessor"
+        ) from None

@@ -207,7 +207,7 @@ def _size(path: Path, config: dict[str, Any]) -> int:
     state = state.get("image_processor", state)
     if state["size"]["height"] != size or state["size"]["width"] != size:
         raise ModelError(
-            f"{path} scales pictures to {state['size']}, but its model sees {size} pixels: correct one of both"
+            f"{path} scales pictures to {state['size']}, but its model sees {size} pixels: make the two sizes equal"
         )
     return int(size)
 
@@ -244,9 +244,10 @@ def fits(info: PaliGemmaInfo, precision: str, available: int, tokens: int, devic
     A tenth of the weights is added for activations.
     """
     weights = info.parameters * BYTES[precision] * 1.1 / devices
+    halved = ", or --precision bf16" if precision == "fp32" else ""
     needed = weights + tokens * info.kv_values * BYTES[precision]
     if needed > available:
         raise ModelError(
             f"{info.path} takes {needed / 2**30:.1f} GiB in {precision}, and {available / 2**30:.1f} are free: "
-            "use a smaller model, a shorter precision, or more devices"
+            f"use a smaller model{halved}"
         )

@@ -114,7 +114,7 @@ def _why_not(path: Path, error: Exception) -> str:
     weights = path.suffix.lower() == ".pt"
     if isinstance(cause, ModuleNotFoundError):
         package = _PACKAGES.get(str(cause.name), cause.name)
-        return f"{path} needs the Python package {package}, which is not installed"
+        return f"{path} needs the Python package {package}, which is not installed: python -m pip install {package}"
     if weights and "TorchScript archive" in str(cause):
         return f"{path} is a TorchScript export: give its file the ending .torchscript"
     if isinstance(cause, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(cause))):
