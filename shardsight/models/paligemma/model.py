@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
-from shardsight.models.info import ModelDied, computes_bf16
+from shardsight.models.info import ModelDied, automatic
 from shardsight.models.paligemma.answers import Answers, Generated
 from shardsight.models.paligemma.engine import Engine, Limits, Request
 from shardsight.models.paligemma.info import inspect, request_length
@@ -87,8 +87,7 @@ class PaliGemma:
         self.info = inspect(model, revision, adapter, Storage(storage or {}), files)
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # inspect has fetched all files
         cuda = torch.cuda.is_available()
-        automatic = "fp16" if cuda else "bf16" if computes_bf16() else "fp32"
-        self.precision = automatic if precision == "auto" else precision
+        self.precision = automatic(cuda) if precision == "auto" else precision
         length = request_length(self.info, prompt_tokens, max_tokens, cuda, clip_frames)
         self.max_prompt_tokens = length - clip_frames * self.info.image_tokens - 1 - max_tokens  # with its newline
         self.tokenizer = AutoTokenizer.from_pretrained(self.info.path)
