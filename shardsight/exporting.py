@@ -214,7 +214,7 @@ def _record(made: Exports, asked: dict[str, Any], store: Storage) -> None:
 
 def _weights(model: str, store: Storage) -> tuple[Path, yolo.YoloInfo]:
     """Raises ModelError."""
-    path = weights_of(Path(stage(model, store) if is_remote(model) else model))
+    path = weights_of(stage(model, store))
     info = yolo.inspect(str(path))
     if path.suffix.lower() != ".pt":
         raise ModelError(f"{model} is an export already: give the .pt file that it was made from")

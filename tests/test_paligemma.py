@@ -298,6 +298,8 @@ def test_all_that_decides_the_answers_is_hashed(name: str, tmp_path: Path) -> No
     assert {key for key in before.files if after[key] != before.files[key]} == {
         name
     } and after.keys() == before.files.keys()
+    with pytest.raises(ModelError, match=f"^{file} is not the file that the job began with: its SHA-256 is another"):
+        inspect(str(model), adapter=str(lora), files=before.files)
 
 
 def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,7 +147,7 @@ class _Run:
         path = next((info.path for info in having), None)
         if path is None:
             return None
-        file = (stage(path, self.storage) if is_remote(path) else Path(path)) / MASKS
+        file = stage(path, self.storage) / MASKS
         from shardsight.models.paligemma.masks import MaskDecoder, MaskError, paste  # imports torch
 
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shardsight.models.info import ModelError, sha256_of
-from shardsight.models.staging import stage
+from shardsight.models.staging import check, stage
 from shardsight.settings import Models
 from shardsight.storage import Storage, is_remote
 
@@ -100,29 +100,36 @@ def inspect(
 ) -> PaliGemmaInfo:
     """Read a folder's JSON and the headers of its weights. adapter: folder of a LoRA. Raises ModelError.
 
-    storage: of a model or an adapter in a store, of which a copy is read. files: as PaliGemmaInfo has them, which a
-    copy has to be.
+    storage: of a model or an adapter in a store, of which a copy is read. files: as PaliGemmaInfo has them, which those
+    that are read have to be.
     """
-    store, files = storage or Storage(), files or {}
-    of_adapter = {
-        name.removeprefix("adapter/"): digest for name, digest in files.items() if name.startswith("adapter/")
-    }
-    model = str(stage(model, store, files)) if is_remote(model) else model
+    store, (of_model, of_adapter) = storage or Storage(), _parts(files or {})
+    model = str(stage(model, store, of_model)) if is_remote(model) else model
     adapter = str(stage(adapter, store, of_adapter)) if adapter and is_remote(adapter) else adapter
     folder = locate(model, revision)
     if adapter and not Path(adapter).is_dir():
         raise ModelError(f"there is no folder {adapter}: give one with a LoRA adapter, as peft saves it")
     found = sorted(file for part in (folder, adapter) if part for file in Path(part).iterdir() if file.is_file())
-    return _inspect(folder, adapter, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
+    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+    info = _inspect(folder, adapter, state)
+    if files:
+        for place, before, now in zip((folder, adapter), (of_model, of_adapter), _parts(info.files), strict=True):
+            check(before, now, str(place))
+            check(now, before, str(place))  # nor is one there that was not
+    return info
+
+
+def _parts(files: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The model's of PaliGemmaInfo's files, and the adapter's, by their own names."""
+    own = {name: digest for name, digest in files.items() if not name.startswith("adapter/")}
+    return own, {name.removeprefix("adapter/"): files[name] for name in files.keys() - own.keys()}
 
 
 def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
     """Of the class PaliGemma."""
-    own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter")}
+    own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter", "storage")}
     own |= {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
-    remote = is_remote(info.path) or is_remote(settings.adapter or "")
-    storage = {"storage": settings.storage, "files": info.files} if remote else {}
-    return own | {"clip_frames": settings.clip_frames or 1} | storage
+    return own | {"clip_frames": settings.clip_frames or 1, "files": info.files}
 
 
 @lru_cache

@@ -57,8 +57,8 @@ class PaliGemma:
     it, else fp32), fp32, bf16 or fp16. adapter: folder of a LoRA, as peft saves it. devices, batch_size, memory,
     threads: see Limits. clip_frames: pictures in one prompt, at most; above 1, of a video only rows with a `clip` are
     asked about, all of its frames together. prompt_column: of the rows' `metadata`, with a text or a list of them to
-    ask instead of `prompts`. storage: options of the model's store, as for the job. files: name → SHA-256 that a copy
-    from there has to have. Raises ModelError, PromptError.
+    ask instead of `prompts`. storage: options of the model's store, as for the job. files: PaliGemmaInfo's, which its
+    own have to be. Raises ModelError, PromptError.
     """
 
     def __init__(

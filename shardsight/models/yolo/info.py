@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from shardsight.models.info import ModelError, answer, key_of, made_once, sha256_of, weights_of
-from shardsight.models.staging import stage
+from shardsight.models.staging import companions, stage
 from shardsight.models.yolo.letterbox import CentreCrop, Letterbox
 from shardsight.settings import Models
 from shardsight.storage import Storage, is_remote
 
 _FOUND = "found.json"  # what is kept of an inspected model
-# Files beside an export that belong to it: ONNX's external data, and the metadata of a TensorFlow graph.
-_COMPANIONS = {".onnx": ("{}.data", "{}_data"), ".pb": ("metadata.yaml",)}
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def inspect(path: str, imgsz: int | list[int] | None = None, storage: Storage | 
 def arguments(settings: Models, info: YoloInfo) -> dict[str, Any]:
     """The keyword arguments for the class Yolo."""
     names = ("conf", "iou", "max_det", "classes", "imgsz", "precision", "batch_size", "track", "track_config")
-    storage = {"storage": settings.storage, "files": info.files} if is_remote(info.path) else {}
-    return {"model": info.path} | {name: getattr(settings, name) for name in names} | storage
+    own = {"model": info.path, "files": info.files, "storage": settings.storage}
+    return own | {name: getattr(settings, name) for name in names}
 
 
 @lru_cache
@@ -100,8 +98,8 @@ def _files(path: Path) -> dict[str, Path]:
     """Every file that a model's results depend on, by name."""
     if path.is_dir():
         return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    companions = [path.with_name(name.format(path.name)) for name in _COMPANIONS.get(path.suffix.lower(), ())]
-    return {file.name: file for file in (path, *companions) if file.is_file()}
+    beside = [path.with_name(name) for name in companions(path.name)]
+    return {file.name: file for file in (path, *beside) if file.is_file()}
 
 
 def _describe(path: str, imgsz: str) -> dict[str, Any]:
