@@ -19,8 +19,10 @@ from demo.run import PROMPTS as DEMO_PROMPTS
 from demo.scenes import scenes
 from demo.writers import jpeg
 from shardsight.decode.pictures import decode
-from shardsight.models.info import ModelError
+from shardsight.models import selection
+from shardsight.models.info import ModelError, sha256_of
 from shardsight.models.paligemma.info import fits, inspect, request_length
+from shardsight.settings import Settings
 from tests.ask_paligemma import ROOT, Answered, Asked, ask
 from tests.conftest import WEIGHTS
 from tests.small_paligemma import (
@@ -300,6 +302,45 @@ def test_all_that_decides_the_answers_is_hashed(name: str, tmp_path: Path) -> No
     } and after.keys() == before.files.keys()
     with pytest.raises(ModelError, match=f"^{file} is not the file that the job began with: its SHA-256 is another"):
         inspect(str(model), adapter=str(lora), files=before.files)
+
+
+COMMIT = "c0ffee" + 34 * "0"
+
+
+def cached(home: Path, model: Path, branch: str) -> Path:
+    """A folder as Hugging Face's hub keeps it of COMMIT; `main` is now a branch's. Returns HF_HUB_CACHE."""
+    kept = home / "hub" / "models--small--paligemma"
+    snapshot = kept / "snapshots" / COMMIT
+    for folder in (kept / "refs", kept / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (kept / "refs" / "main").write_text(branch)
+    for file in model.iterdir():
+        shutil.copy(file, kept / "blobs" / sha256_of(file))
+        (snapshot / file.name).symlink_to(f"../../blobs/{sha256_of(file)}")
+    return home / "hub"
+
+
+def test_each_node_has_its_own_copy_of_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the driver's commit, also where `main` has moved on since; and only if it is the driver's."""
+    model, there = make(tmp_path / "model"), {"HF_HOME": str(tmp_path / "there"), "HF_HUB_OFFLINE": "1"}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cached(tmp_path / "here", model, COMMIT)))
+    snapshot = cached(tmp_path / "there", model, 40 * "d") / "models--small--paligemma" / "snapshots" / COMMIT
+    settings = Settings(inputs=["-"], output=str(tmp_path / "out"), paligemma=["small/paligemma"])
+    (given,) = selection.arguments(selection.inspect(settings), settings).values()
+    shutil.rmtree(tmp_path / "here")  # as another node has none of the driver's folders
+
+    def on_another_node() -> subprocess.CompletedProcess[str]:
+        asked = {name: given[name] for name in ("model", "revision", "files")}
+        code = f"from shardsight.models.paligemma.info import inspect; print(inspect(**{asked}).path)"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | there, capture_output=True, text=True)
+
+    done = on_another_node()
+    assert done.stdout.strip() == str(snapshot), done.stderr
+    with (snapshot / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert "tokenizer.json is not the file that the job began with" in on_another_node().stderr
 
 
 def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

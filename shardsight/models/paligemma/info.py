@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ _FILES = (
     "processor_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", MASKS,
 )  # fmt: skip
+_COMMIT = re.compile("[0-9a-f]{40}")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -59,6 +62,7 @@ class PaliGemmaInfo:
     cache for each token. length: tokens of a request, at most. window: tokens in Gemma 2's sliding window, or None.
 
     files: name → sha256 of all that decides the answers, the adapter's as `adapter/NAME`. sha256: over the weights'.
+    hub: name and commit there of a model of Hugging Face's hub, of which `path` is this machine's copy.
     """
 
     path: str
@@ -72,6 +76,7 @@ class PaliGemmaInfo:
     adapter: Adapter | None
     files: dict[str, str]
     sha256: str
+    hub: tuple[str, str] | None = None
 
 
 def locate(model: str, revision: str | None = None) -> str:
@@ -84,9 +89,13 @@ def locate(model: str, revision: str | None = None) -> str:
         )
     from huggingface_hub import snapshot_download
 
+    fetch = partial(snapshot_download, model, revision=revision, allow_patterns=[*_FILES, "*.safetensors"])
     try:
-        return str(snapshot_download(model, revision=revision, allow_patterns=[*_FILES, "*.safetensors"]))
+        return str(fetch())
     except Exception as error:
+        if _COMMIT.fullmatch(revision or ""):  # of one, the hub may be asked although all is here
+            with suppress(FileNotFoundError):
+                return str(fetch(local_files_only=True))
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"there is no folder {model}, and the hub does not give it: {first}") from error
 
@@ -116,7 +125,7 @@ def inspect(
         for place, before, now in zip((folder, adapter), (of_model, of_adapter), _parts(info.files), strict=True):
             check(before, now, str(place))
             check(now, before, str(place))  # nor is one there that was not
-    return info
+    return info if folder == model else replace(info, hub=(model, Path(folder).name))
 
 
 def _parts(files: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -127,8 +136,9 @@ def _parts(files: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
 
 def arguments(settings: Models, info: PaliGemmaInfo) -> dict[str, Any]:
     """Of the class PaliGemma."""
+    model, revision = info.hub or (info.path, None)  # by its name each node has a copy of its own
     own = {name: getattr(settings, name) for name in ("max_tokens", "precision", "adapter", "storage")}
-    own |= {"model": info.path, "prompts": settings.prompt, "regions": settings.on == "regions"}
+    own |= {"model": model, "revision": revision, "prompts": settings.prompt, "regions": settings.on == "regions"}
     return own | {"clip_frames": settings.clip_frames or 1, "files": info.files}
 
 
