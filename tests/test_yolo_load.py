@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from shardsight.models.info import ModelDied, ModelError, cache
+from shardsight.models.info import KEPT, ModelDied, ModelError, cache, made_once
 from shardsight.models.yolo import info
 from shardsight.models.yolo import openvino as openvino_network
 from shardsight.models.yolo.info import inspect
@@ -262,6 +265,7 @@ def test_a_model_is_inspected_and_converted_once(tmp_path: Path, monkeypatch: py
     shutil.copy(DETECTOR, model)
     info_made, rows = inspect(str(model)), Yolo(str(model), precision="fp32")([photograph])
     assert rows[0]["detections"]
+    assert list(tmp_path.glob("shardsight-*/networks/*/*.blob"))  # goes with its network
 
     def never(*_: object) -> None:
         raise AssertionError("made again")
@@ -285,3 +289,29 @@ def test_what_another_user_keeps_is_not_loaded(tmp_path: Path, monkeypatch: pyte
     (tmp_path / f"shardsight-{os.getuid()}").mkdir()
     with pytest.raises(ModelError, match="belongs to another user: remove it, or set TMPDIR"):
         cache("networks")
+
+
+def test_what_others_can_write_to_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache("networks").parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(ModelError, match="can be written to by other users: remove it, or set TMPDIR"):
+        cache("networks")
+
+
+def test_ultralytics_does_not_open_the_cache_to_others(tmp_path: Path) -> None:
+    """Its settings are in the same folder, which the first one makes."""
+    command = [sys.executable, "-c", "import shardsight.models.yolo.ultralytics_import"]
+    subprocess.run(command, check=True, env={**os.environ, "TMPDIR": str(tmp_path)}, umask=0o002)
+    assert (tmp_path / f"shardsight-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_nobody_uses_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    long_ago = time.time() - KEPT - 1
+    for old in [made_once("networks", name, lambda folder: (folder / "a").touch()) for name in ("used", "unused")]:
+        os.utime(old, (long_ago, long_ago))
+    made_once("networks", "used", lambda _: pytest.fail("it was there"))
+    made_once("networks", "new", lambda _: None)
+    assert {entry.name for entry in cache("networks").iterdir()} == {"used", "new"}

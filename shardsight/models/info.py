@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shardsight.errors import UsageError
+
+KEPT = 30 * 86_400  # seconds for which the cache keeps what nobody uses
 
 
 class ModelError(UsageError):
@@ -34,25 +37,40 @@ def automatic(cuda: bool) -> str:
 
 def cache(kind: str) -> Path:
     """This user's folder for what takes long to make or to fetch, and can be made again. Raises ModelError."""
-    whole = Path(tempfile.gettempdir()) / f"shardsight-{os.getuid()}"
-    whole.mkdir(0o700, exist_ok=True)
-    if whole.stat().st_uid != os.getuid():  # what somebody else could change would be loaded as a model
-        raise ModelError(f"{whole} belongs to another user: remove it, or set TMPDIR to a folder of yours")
-    (whole / kind).mkdir(exist_ok=True)
-    return whole / kind
+    folder = own_folder() / kind
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def own_folder() -> Path:
+    """This user's folder among the temporary ones. Raises ModelError where others could change what is in it, which
+    would be loaded as a model."""
+    folder = Path(tempfile.gettempdir()) / f"shardsight-{os.getuid()}"
+    folder.mkdir(0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        why = "belongs to another user" if found.st_uid != os.getuid() else "can be written to by other users"
+        raise ModelError(f"{folder} {why}: remove it, or set TMPDIR to a folder of yours")
+    return folder
 
 
 def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """The folder of that key in the cache, which `make` fills where it is missing. Safe when several processes start at
-    once: it appears whole. Raises ModelError, and what `make` raises."""
+    once: it appears whole. What was not used for KEPT then goes. Raises ModelError, and what `make` raises."""
     folder = cache(kind) / key
-    if not folder.exists():
+    try:
+        os.utime(folder)
+    except FileNotFoundError:
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             whole = Path(temporary) / "whole"
             whole.mkdir()
             make(whole)
             with suppress(OSError):  # another process was faster
                 whole.rename(folder)
+            for entry in folder.parent.iterdir():
+                with suppress(OSError):  # as above
+                    if time.time() - entry.stat().st_mtime > KEPT:
+                        entry.rename(Path(temporary) / entry.name)  # vanishes whole, too
     return folder
 
 

@@ -15,7 +15,7 @@ import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-from shardsight.models.info import cache, key_of, made_once, sha256_of
+from shardsight.models.info import key_of, made_once, sha256_of
 from shardsight.models.yolo.formats import FILES, Network
 
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -52,7 +52,7 @@ class Compiled:
 
     def _queue(self, hints: dict[str, Any], requests: int) -> ov.AsyncInferQueue:
         core = ov.Core()
-        core.set_property({"CACHE_DIR": str(cache("compiled"))})
+        core.set_property({"CACHE_DIR": str(self.network.parent)})
         hints = {**hints, "INFERENCE_PRECISION_HINT": _PRECISIONS[self.dtype], "INFERENCE_NUM_THREADS": self.threads}
         queue = ov.AsyncInferQueue(core.compile_model(self.network, "CPU", hints), requests)
         queue.set_callback(self._keep)

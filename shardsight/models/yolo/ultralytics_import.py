@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,13 +16,15 @@ from typing import Any
 
 import torch  # before ultralytics, which sets OMP_NUM_THREADS to 1
 
+from shardsight.models.info import own_folder
+
 _SETTINGS = {
     "YOLO_OFFLINE": "true",  # no check for a network, no download of a missing file
     "YOLO_AUTOINSTALL": "false",  # no pip install
     "YOLO_VERBOSE": "false",
     "ULTRALYTICS_SAFE_LOAD": "1",  # no code from a pickle is run
     # Not the user's own folder, to which many processes would write at the same time.
-    "YOLO_CONFIG_DIR": os.path.join(tempfile.gettempdir(), f"shardsight-{os.getuid()}"),
+    "YOLO_CONFIG_DIR": str(own_folder()),
 }
 
 
