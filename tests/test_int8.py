@@ -142,7 +142,7 @@ def test_what_cannot_be_calibrated(
 
 
 def test_weights_alone_have_no_int8(detector: Path) -> None:
-    with pytest.raises(ModelError, match="where a job's --precision int8 has calibrated it"):
+    with pytest.raises(ModelError, match="is not calibrated for int8: use --precision int8 in an annotate job"):
         Yolo(str(detector), precision="int8")
 
 

@@ -1,4 +1,5 @@
-"""The models' exceptions, and the precision that this machine supports."""
+"""The models' exceptions, the precision that this machine supports, the cache of what takes long to make, digests of
+files, and what a process of its own answers."""
 
 import hashlib
 import json

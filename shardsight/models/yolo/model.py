@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
 
 _NO_INT8 = (
-    "computes in int8 where a job's --precision int8 has calibrated it, on a CPU; elsewhere give what jobs.export "
-    "--precision int8 writes"
+    "is not calibrated for int8: use --precision int8 in an annotate job on a CPU, or give an export made by "
+    "jobs.export --precision int8"
 )
 Item = tuple[int, np.ndarray, Placement]  # (row in the table, frame, where it lies in the model's input)
 
@@ -238,5 +238,5 @@ def _cut_out(table: pa.Table, found: list[Found | None], errors: list[dict[str, 
 
 
 def _dtype(precision: str, cuda: bool) -> torch.dtype:
-    chosen = automatic(cuda) if precision in ("auto", "int8") else precision  # of what stays beside int8
+    chosen = automatic(cuda) if precision in ("auto", "int8") else precision  # for layers that are not quantized
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
