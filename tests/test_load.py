@@ -15,10 +15,11 @@ from shardsight.decode import frames as loading
 from shardsight.decode.frames import Load
 from shardsight.decode.video import Part, Sampling
 from shardsight.models import selection
+from shardsight.models.yolo import int8
 from shardsight.results.coverage import Coverage, UnitCoverage, within
 from shardsight.row import Failure
-from shardsight.settings import Models
-from shardsight.sources import Record, Unit, pack
+from shardsight.settings import Models, Settings
+from shardsight.sources import Listing, Record, Unit, pack
 from shardsight.storage import Storage
 from tests.conftest import WEIGHTS
 
@@ -100,3 +101,18 @@ def test_a_part_of_a_video_that_went_away(tmp_path: Path) -> None:
     assert (last["frame_number"], last["last_frame"], last["error"]["stage"]) == (14, True, "read")
     (whole,) = load.rows(replace(record, done=[]))
     assert (whole["id"], whole["frame_number"], whole["last_frame"]) == ("v", 0, True)
+
+
+@pytest.mark.parametrize("flag", [{"crops": True}, {"track": "botsort"}])
+def test_calibration_holds_no_frames_in_full(
+    tmp_path: Path, jpegs: list[bytes], flag: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's other stages need them; 192 of a phone's pictures would take 7 GB."""
+    (tmp_path / "in.jpg").write_bytes(jpegs[0])
+    weights = str(WEIGHTS / "detect.pt")
+    settings = Settings(inputs=[str(tmp_path / "in.jpg")], output="out", yolo=weights, keep_images=True, **flag)
+    models, listing = selection.inspect(settings), Listing(settings.inputs, Storage())
+    assert selection.loader(models, settings, Storage()).input is None
+    monkeypatch.setattr(int8, "calibrate", lambda info, settings, units, load: load)
+    load = selection.calibrate(models, settings, listing, Storage())
+    assert load == Load(Storage(), models["yolo"].input, size=load.size)

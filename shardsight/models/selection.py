@@ -77,7 +77,8 @@ def calibrate(models: ModelInfos, settings: Settings, listing: Listing, storage:
     """The YOLO in int8, by pictures of the inputs. Raises ModelError."""
     info = models["yolo"]
     assert isinstance(info, YoloInfo)
-    load = replace(loader(models, settings, storage), clips=None, keep_images=False)
+    # YOLO alone computes here, and frames of 12 megapixels, which crops are cut from, would take 7 GB.
+    load = replace(loader(models, settings, storage), input=info.input, clips=None, keep_images=False)
     return int8.calibrate(info, settings, listing.sample(int8.SAMPLE), load)
 
 
