@@ -1,6 +1,7 @@
 """--precision int8: calibrated on a job's own pictures, checked on others, or refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,10 +15,14 @@ from hypothesis import strategies as st
 from demo.scenes import scene
 from demo.score import average_precision
 from demo.writers import jpeg
+from shardsight.decode.frames import Load
+from shardsight.decode.video import Sampling
+from shardsight.models import info
 from shardsight.models.info import ModelError
-from shardsight.models.yolo.int8 import agreement
+from shardsight.models.yolo.info import inspect
+from shardsight.models.yolo.int8 import agreement, key
 from shardsight.models.yolo.model import Yolo
-from shardsight.sources import Listing
+from shardsight.sources import Listing, Unit
 from shardsight.storage import Storage
 from tests.conftest import WEIGHTS, job_of, rows_of, write_tar
 
@@ -47,6 +52,19 @@ def test_agreement_is_of_the_same_class_and_place() -> None:
     assert agreement([[box]], [[far]]) == agreement([[box]], [[other]]) == 0.0
     assert agreement([[box]], [[near, near]]) == pytest.approx(2 / 3)  # each is found once
     assert agreement([[box], [box]], [[box], []]) == pytest.approx(2 / 3)
+
+
+def test_a_network_is_kept_for_its_own_pictures(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated on 20 pictures of a tar it is none for the whole tar; nor as they are decoded otherwise."""
+    model, unit, load = inspect(str(detector)), Unit("parquet", "a.parquet", version="1"), Load(Storage())
+    units = [replace(unit, **one) for one in ({}, {"stop": 20}, {"image_column": "b"}, {"uri_column": "b"})]
+    keys = {key({}, model, [one], load) for one in units}
+    others = {"scaled": False}, {"sampling": Sampling(every=2)}, {"input": model.input}
+    keys |= {key({}, model, [unit], replace(load, **one)) for one in others}
+    versions = info.version
+    monkeypatch.setattr(info, "version", lambda name: "0" if name == "nncf" else versions(name))
+    keys.add(key({}, model, [unit], load))
+    assert len(keys) == 8
 
 
 def test_a_sample_is_spread_over_all_inputs(tmp_path: Path) -> None:

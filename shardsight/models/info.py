@@ -78,7 +78,7 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
 def key_of(folder: Path, *made_of: Any) -> str:
     """A name for what is made of these, JSON, by the code in a folder and the libraries that models are loaded with."""
     code = [sha256_of(file) for file in sorted(folder.glob("*.py"))]
-    versions = [version(package) for package in ("ultralytics", "torch", "openvino")]
+    versions = [version(package) for package in ("ultralytics", "torch", "openvino", "nncf")]
     return hashlib.sha256(json.dumps([made_of, code, versions]).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +50,12 @@ class Int8:
 
 
 def calibrate(info: YoloInfo, settings: Settings, units: Sequence[Unit], load: Load) -> Int8:
-    """units: that hold the sample. load: of the job. Made once of the same weights, settings and units.
+    """units: that hold the sample. load: what decodes it. Made once: see `key`.
 
     Raises ModelError where int8 does not agree with fp32, and for networks that have no int8.
     """
     names = ("conf", "iou", "max_det", "classes", "imgsz")
     request = {name: getattr(settings, name) for name in names}
-    made_of = request, info.files, [(unit.uri, unit.version, unit.files, unit.versions) for unit in units]
 
     def make(folder: Path) -> None:
         model = str(stage(info.path, load.storage, info.files)) if is_remote(info.path) else info.path
@@ -71,9 +70,15 @@ def calibrate(info: YoloInfo, settings: Settings, units: Sequence[Unit], load: L
             raise ModelError(f"--precision int8: {found['error']}: {INSTEAD}")
         (folder / _FOUND).write_text(json.dumps(found))
 
-    folder = made_once("int8", key_of(Path(__file__).parent, made_of), make)
+    folder = made_once("int8", key(request, info, units, load), make)
     xml, weights = ((folder / name).read_bytes() for name in FILES)
     return Int8((xml, weights), json.loads((folder / _FOUND).read_text()))
+
+
+def key(request: dict[str, Any], info: YoloInfo, units: Sequence[Unit], load: Load) -> str:
+    """Of what the network and its agreement depend on: weights, settings, which pictures are read, and how."""
+    decoded = repr(load.input), load.scaled, astuple(load.sampling)
+    return key_of(Path(__file__).parent, request, info.files, [astuple(unit) for unit in units], decoded)
 
 
 def agreement(some: Sequence[Sequence[dict[str, Any]]], others: Sequence[Sequence[dict[str, Any]]]) -> float | None:
