@@ -7,10 +7,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as rle
 
 from demo.scenes import scene
 from demo.score import average_precision
@@ -52,6 +54,51 @@ def test_agreement_is_of_the_same_class_and_place() -> None:
     assert agreement([[box]], [[far]]) == agreement([[box]], [[other]]) == 0.0
     assert agreement([[box]], [[near, near]]) == pytest.approx(2 / 3)  # each is found once
     assert agreement([[box], [box]], [[box], []]) == pytest.approx(2 / 3)
+
+
+def rectangle(x: int, width: int) -> dict[str, Any]:
+    """A mask, of a picture of 100 × 100."""
+    canvas = np.zeros((100, 100), np.uint8, order="F")
+    canvas[:, x : x + width] = 1
+    return {"height": 100, "width": 100, "counts": rle.encode(canvas)["counts"].decode()}
+
+
+def points(*xys: tuple[float, float], score: float | None = 1.0) -> list[dict[str, float | None]]:
+    return [{"x": x, "y": y, "score": score} for x, y in xys]
+
+
+@pytest.mark.parametrize(
+    ("own", "near", "far"),
+    [
+        ({"mask": rectangle(0, 50)}, {"mask": rectangle(0, 45)}, {"mask": rectangle(50, 50)}),
+        (
+            {"keypoints": points((20, 20), (80, 80))},
+            {"keypoints": points((20, 25), (85, 80))},
+            {"keypoints": points((20, 45), (80, 80))},
+        ),
+        (  # what is out of sight lies anywhere
+            {"keypoints": points((20, 20)) + points((80, 80), score=0.01)},
+            {"keypoints": points((20, 20)) + points((20, 80), score=0.01)},
+            {"keypoints": points((80, 20)) + points((80, 80), score=0.01)},
+        ),
+        (
+            {"keypoints": points((20, 20), score=None)},
+            {"keypoints": points((25, 25), score=None)},
+            {"keypoints": points((45, 20), score=None)},
+        ),
+        (
+            {"corners": [0, 10, 90, 100, 100, 90, 10, 0]},
+            {"corners": [0, 12, 88, 100, 100, 88, 12, 0]},
+            {"corners": [0, 90, 10, 100, 100, 10, 90, 0]},
+        ),
+    ],
+    ids=["mask", "keypoints", "unseen", "no scores", "corners"],
+)
+def test_agreement_is_of_more_than_boxes(own: dict[str, Any], near: dict[str, Any], far: dict[str, Any]) -> None:
+    """Of a network of masks, keypoints or oriented boxes, boxes alone may be right."""
+    box = detection(1, 0, 0, 100, 100)
+    assert agreement([[box | own]], [[box | own]]) == agreement([[box | own]], [[box | near]]) == 1.0
+    assert agreement([[box | own]], [[box | far]]) == 0.0
 
 
 def test_a_network_is_kept_for_its_own_pictures(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,25 +164,27 @@ def test_a_job_in_int8(tmp_path: Path, annotate: Annotate, jpegs: list[bytes], d
 
 
 def spoil(weights: Path, target: Path) -> None:
-    """A network that computes as before, less one channel of its first layer, which is now so large that int8 has no
-    steps left for the others; the next layer does not look at it."""
+    """A network that computes as before, less one channel of its first layer, or of a pose's first layers of keypoints,
+    which is now so large that int8 has no steps left for the others; the next layer does not look at it."""
     checkpoint = torch.load(weights, weights_only=False)
-    network = checkpoint["model"].float()
+    layers = checkpoint["model"].float().model
     with torch.no_grad():
-        network.model[0].bn.weight[0], network.model[0].bn.bias[0] = 0, 1e5
-        network.model[1].conv.weight[:, 0] = 0
+        for first, second, *_ in getattr(layers[-1], "cv4", [layers]):
+            first.bn.weight[0], first.bn.bias[0] = 0, 1e5
+            second.conv.weight[:, 0] = 0
     checkpoint["ema"] = None
     torch.save(checkpoint, target)
 
 
+@pytest.mark.parametrize("weights", ["detect", "pose"])
 def test_int8_that_does_not_agree_is_refused(
-    tmp_path: Path, annotate: Annotate, jpegs: list[bytes], detector: Path
+    tmp_path: Path, annotate: Annotate, jpegs: list[bytes], weights: str
 ) -> None:
-    """With the figure, before a row is written."""
+    """With the figure, before a row is written. The pose's boxes are right, and its keypoints are not."""
     (tmp_path / "in").mkdir()
     for number, data in enumerate(jpegs):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(data)
-    spoil(detector, tmp_path / "spoilt.pt")
+    spoil(WEIGHTS / f"{weights}.pt", tmp_path / "spoilt.pt")
     request = tmp_path / "in", "--yolo", tmp_path / "spoilt.pt", "--output", tmp_path / "out"
     code, said = annotate(*request, "--precision", "int8")
     assert code == 2 and "int8 agrees with fp32 on " in said and "less than 85%: choose --precision bf16" in said

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 SAMPLE = 192  # pictures: two of three to calibrate on, every third to check
 LEAST = 9  # of them
 AGREEMENT = 0.85  # of what int8 or fp32 finds, the share that both do; measured ones are in benchmarks/RESULTS.md
-IOU = 0.75  # from which on two boxes are of the same object
+IOU = 0.75  # from which on two boxes, or masks, are of the same object
+APART = 0.1  # of its box's side, how far an object's keypoints may be, on average: moved by that, a box has that IoU
 INSTEAD = "choose --precision bf16 or fp32, or give --yolo what jobs.export --precision int8 writes"
 _FOUND = "found.json"
 
@@ -83,23 +84,60 @@ def key(request: dict[str, Any], info: YoloInfo, units: Sequence[Unit], load: Lo
 
 def agreement(some: Sequence[Sequence[dict[str, Any]]], others: Sequence[Sequence[dict[str, Any]]]) -> float | None:
     """Of the detections of some and of others, pictures in the same order, the share that have a partner there: of the
-    same class, with an IoU of at least IOU. None where there are none."""
-    from pycocotools import mask
+    same class and in the same place. None where there are none."""
     from scipy.optimize import linear_sum_assignment
 
     paired = count = 0
     for ours, theirs in zip(some, others, strict=True):
         count += len(ours) + len(theirs)
         for name in {one["class_id"] for one in ours}:
-            boxes = [np.array([_xywh(one) for one in each if one["class_id"] == name]) for each in (ours, theirs)]
-            if len(boxes[1]):
-                near = mask.iou(*boxes, np.zeros(len(boxes[1]))) >= IOU
+            own, other = ([one for one in each if one["class_id"] == name] for each in (ours, theirs))
+            if other:
+                near = _near(own, other)
                 paired += near[linear_sum_assignment(near, maximize=True)].sum()
     return 2 * float(paired) / count if count else None
 
 
+def _near(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Detections → bool (some, others): whether their boxes are in the same place, and their masks, keypoints and
+    corners, where they have them."""
+    from pycocotools import mask
+
+    from shardsight.measures.boxes import probiou
+
+    both = some, others
+    near = mask.iou(*([_xywh(one) for one in each] for each in both), [0] * len(others)) >= IOU
+    if some[0].get("mask"):
+        near &= mask.iou(*([_rle(one["mask"]) for one in each] for each in both), [0] * len(others)) >= IOU
+    if some[0].get("keypoints"):
+        here, there = (np.array([_points(one) for one in each]) for each in both)
+        sides = np.sqrt([np.prod(_xywh(one)[2:]) for one in some])
+        near &= _apart(here[:, None], there[None]) <= APART * sides[:, None]
+    if some[0].get("corners"):
+        near &= probiou(*([one["corners"] for one in each] for each in both)) >= IOU
+    return near
+
+
+def _apart(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Keypoints (…, n, 3), as of `_points` → (…): pixels from one to the other, on average. Those with low scores count
+    less: they are out of sight, and lie anywhere."""
+    weights = some[..., 2] + others[..., 2] + 1e-9
+    distances = np.linalg.norm(some[..., :2] - others[..., :2], axis=-1)
+    found: np.ndarray = (distances * weights).sum(-1) / weights.sum(-1)
+    return found
+
+
 def _xywh(one: dict[str, Any]) -> list[float]:
     return [one["x1"], one["y1"], one["x2"] - one["x1"], one["y2"] - one["y1"]]
+
+
+def _rle(mask: dict[str, Any]) -> dict[str, Any]:
+    return {"size": [mask["height"], mask["width"]], "counts": mask["counts"]}
+
+
+def _points(one: dict[str, Any]) -> list[list[float]]:
+    """x, y and score, 1 where the network gives none."""
+    return [[p["x"], p["y"], 1.0 if p["score"] is None else p["score"]] for p in one["keypoints"]]
 
 
 def _rows(units: Sequence[Unit], load: Load) -> list[dict[str, Any]]:
@@ -120,7 +158,7 @@ def _make(folder: Path, model: str, units: Sequence[Unit], load: Load, **setting
 
     exact = Yolo(model, precision="fp32", **settings)
     if not exact.compiles:
-        raise ModelError(f"{model} has no int8 here, which is for boxes on CPUs, and not for end-to-end networks")
+        raise ModelError(f"{model} has no int8 here, which is for CPUs, not for classifiers or end-to-end networks")
     # Keyframes are spread over a video and soon decoded, but a short one has few.
     rows = _rows(units, replace(load, sampling=Sampling(keyframes=True)))
     if len(rows) < SAMPLE / 2:
