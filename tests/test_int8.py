@@ -21,11 +21,13 @@ from shardsight.decode.frames import Load
 from shardsight.decode.video import Sampling
 from shardsight.models import info
 from shardsight.models.info import ModelError
+from shardsight.models.yolo import int8
 from shardsight.models.yolo.info import inspect
-from shardsight.models.yolo.int8 import agreement, key
+from shardsight.models.yolo.int8 import agreement, divided, key, sample
 from shardsight.models.yolo.model import Yolo
 from shardsight.sources import Listing, Unit
 from shardsight.storage import Storage
+from tests.clips import encode, numbered
 from tests.conftest import WEIGHTS, job_of, rows_of, write_tar
 
 Annotate = Callable[..., tuple[int, str]]
@@ -112,6 +114,33 @@ def test_a_network_is_kept_for_its_own_pictures(detector: Path, monkeypatch: pyt
     monkeypatch.setattr(info, "version", lambda name: "0" if name == "nncf" else versions(name))
     keys.add(key({}, model, [unit], load))
     assert len(keys) == 8
+
+
+@pytest.mark.parametrize("kind", ["tar", "video"])
+def test_a_sample_comes_from_all_over_a_file(
+    tmp_path: Path, jpegs: list[bytes], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a tar that is sorted by class the first pictures show one, and a video's first seconds are one scene."""
+    monkeypatch.setattr(int8, "SAMPLE", 12)
+    if kind == "tar":
+        write_tar(tmp_path / "a", [(f"{number}.jpg", data) for number, data in enumerate(jpegs)])
+    else:
+        (tmp_path / "a").write_bytes(encode(numbered(40), g="40"))
+    rows = sample([Unit(kind, str(tmp_path / "a"))], Load(Storage()))
+    places = [row["record" if kind == "tar" else "frame_index"] for row in rows]
+    assert places == [0, 3, 7, 10, 14, 17, 21, 24, 28, 31, 35, 39]
+    assert len(sample([Unit(kind, str(tmp_path / "a")), Unit(kind, "missing")], Load(Storage()))) == 6
+
+
+def test_what_int8_is_checked_on_is_not_like_what_it_is_calibrated_on() -> None:
+    """A video's frames are checked on a part that was not calibrated on; of many videos, on whole ones."""
+    rows = [{"uri": "long", "record": 0, "frame": number} for number in range(30)]
+    rows += [{"uri": f"short {number // 2}", "record": 0} for number in range(8)]
+    rows += [{"uri": "tar", "record": number} for number in range(5)]
+    used, checked = divided(rows)
+    assert [row["frame"] for row in checked if "frame" in row] == list(range(20, 30))
+    assert [row["uri"] for row in checked[10:]] == ["short 0"] * 2 + ["short 3"] * 2 + ["tar"]
+    assert len(used) + len(checked) == len(rows) and not any(row in used for row in checked)
 
 
 def test_a_sample_is_spread_over_all_inputs(tmp_path: Path) -> None:

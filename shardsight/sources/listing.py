@@ -115,9 +115,9 @@ class Listing:
         self.check()
         units = list(self._units.values())
         half = -(-count // 2) if units and len(self.files) else count
-        chosen = [units[index] for index in _spread(len(units), half)]
+        chosen = [units[index] for index in spread(len(units), half)]
         which = np.zeros(len(self.files), bool)
-        which[_spread(len(which), half)] = True
+        which[spread(len(which), half)] = True
         parts = np.split(which, np.cumsum([len(page.hashes) for page in self._pages])[:-1]) if self._pages else []
         for page, part in zip(self._pages, parts, strict=True):
             chosen += [Unit("files", files=(name,), versions=(version,)) for name, version in page.select(part)]
@@ -233,7 +233,7 @@ class Listing:
                 yield from self._found(self.storage.walk(match, hidden=True), fixed)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """At most `wanted` of `count` indices, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted), dtype=int)).tolist()
 

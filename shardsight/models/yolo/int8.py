@@ -10,8 +10,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,25 @@ import numpy as np
 import pyarrow as pa
 
 from shardsight.decode.frames import Load
-from shardsight.decode.video import Sampling
+from shardsight.decode.video import Sampling, extent
 from shardsight.models.info import ModelError, answer, key_of, made_once
 from shardsight.models.staging import stage
 from shardsight.models.yolo.formats import FILES, Network
 from shardsight.models.yolo.info import YoloInfo
 from shardsight.models.yolo.letterbox import Letterbox
-from shardsight.row import frames_of
+from shardsight.results.coverage import Ranges
+from shardsight.row import Failure, frames_of
 from shardsight.settings import Settings
-from shardsight.sources import Unit, read
+from shardsight.sources import Unit, open_file, read
+from shardsight.sources.listing import spread
 from shardsight.storage import is_remote
 
 if TYPE_CHECKING:
     from shardsight.models.yolo.model import Yolo
 
-SAMPLE = 192  # pictures: two of three to calibrate on, every third to check
+SAMPLE = 192  # pictures: two thirds to calibrate on, the others to check
 LEAST = 9  # of them
+MANY = 12  # pictures of one file, from which on they come from all over it: that takes reading it once more
 AGREEMENT = 0.85  # of what int8 or fp32 finds, the share that both do; measured ones are in benchmarks/RESULTS.md
 IOU = 0.75  # from which on two boxes, or masks, are of the same object
 APART = 0.1  # of its box's side, how far an object's keypoints may be, on average: moved by that, a box has that IoU
@@ -140,15 +144,53 @@ def _points(one: dict[str, Any]) -> list[list[float]]:
     return [[p["x"], p["y"], 1.0 if p["score"] is None else p["score"]] for p in one["keypoints"]]
 
 
-def _rows(units: Sequence[Unit], load: Load) -> list[dict[str, Any]]:
-    """At most about SAMPLE rows with frames: a loose file is one, and of each other unit come equally many."""
+def sample(units: Sequence[Unit], load: Load) -> list[dict[str, Any]]:
+    """At most about SAMPLE rows with frames: a loose file is one, and of each other unit come equally many, the first
+    or as `_thinned` chooses them; of a tar of videos, those of its first."""
     loose = sum(not unit.uri for unit in units)
     each = -(-(SAMPLE - loose) // max(1, len(units) - loose))
     found: list[dict[str, Any]] = []
     for unit in units:
-        rows = chain.from_iterable(map(load.rows, read(unit, load.storage)))
+        records = read(_thinned(unit, load, each), load.storage)
+        rows = chain.from_iterable(map(load.rows, records))
         found += islice((row for row in rows if row.get("frame")), each if unit.uri else 1)
     return found
+
+
+def _thinned(unit: Unit, load: Load, wanted: int) -> Unit:
+    """The unit with `wanted` records, or frames of a video, from all over it; unchanged where that takes too much
+    reading (see MANY), as of files of a store, and for videos whose frames only decoding tells, such as AVI."""
+    if not unit.uri or is_remote(unit.uri) or wanted < MANY:
+        return unit
+    if unit.kind != "video":
+        chosen = spread(sum(1 for _ in read(unit, load.storage, payload=False)), wanted)
+        return replace(unit, skip=_between(chosen))
+    frames = None
+    with suppress(Failure), open_file(unit.uri, load.storage) as file:
+        frames = extent(file, load.sampling).frames
+    return replace(unit, frames={0: _between(spread(frames, wanted))}) if frames else unit
+
+
+def _between(places: Sequence[int]) -> Ranges:
+    """What lies before and between some places, which are sorted."""
+    return [(before + 1, place) for before, place in pairwise([-1, *places]) if place > before + 1]
+
+
+def divided(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to calibrate on, and others to check: every third picture, and of a video the last third, since each of its
+    frames is much like the one before."""
+    used: list[dict[str, Any]] = []
+    checked: list[dict[str, Any]] = []
+    short = 0
+    for _, group in groupby(rows, lambda row: (row["uri"], row["record"])):
+        own = list(group)
+        held = len(own) // 3
+        if len(own) < LEAST:  # a picture, or one of many videos
+            held = 0 if short % 3 else len(own)
+            short += 1
+        used += own[: len(own) - held]
+        checked += own[len(own) - held :]
+    return used, checked
 
 
 def _make(folder: Path, model: str, units: Sequence[Unit], load: Load, **settings: Any) -> dict[str, Any]:
@@ -160,14 +202,14 @@ def _make(folder: Path, model: str, units: Sequence[Unit], load: Load, **setting
     if not exact.compiles:
         raise ModelError(f"{model} has no int8 here, which is for CPUs, not for classifiers or end-to-end networks")
     # Keyframes are spread over a video and soon decoded, but a short one has few.
-    rows = _rows(units, replace(load, sampling=Sampling(keyframes=True)))
+    rows = sample(units, replace(load, sampling=Sampling(keyframes=True)))
     if len(rows) < SAMPLE / 2:
-        rows = _rows(units, load)
+        rows = sample(units, load)
     if len(rows) < LEAST:
         raise ModelError(
             f"only {len(rows)} of the input's pictures can be decoded, where it takes {LEAST} to calibrate"
         )
-    checked, used = rows[2::3], [row for index, row in enumerate(rows) if index % 3 != 2]
+    used, checked = divided(rows)
     quantize(exact.converted(), _inputs(exact, load.table(used)), exact.backend.model.model[-1].i, folder / FILES[0])
     xml, weights = ((folder / name).read_bytes() for name in FILES)
     quick = Yolo(model, precision="int8", network=(xml, weights), **settings)
