@@ -137,7 +137,8 @@ class Isolate:
                 unit = reading.left()
                 # If no record was announced, reading itself kills the process, and the unit ends there.
                 record = reading.current or replace(_next(unit), last=True)
-                record = replace(record, done=unit.frames.get(record.index, []))
+                done, length = unit.frames.get(record.index, []), unit.lengths.get(record.index)
+                record = replace(record, done=done, length=length)
                 number = record.first_left
                 deaths = deaths + 1 if (record.id, number) == suspect else 1
                 suspect = record.id, number
@@ -201,7 +202,7 @@ class Isolate:
             sentence = f"{IN_A_ROW} inputs in a row have killed the processes that worked on them, the last one {id}"
             raise Fault(f"{sentence}: look for a lack of memory or a broken installation")
         kind = "OutOfMemory" if isinstance(error, OutOfMemoryError) else "ProcessDied"
-        return Failure(kind, "each process that worked on it died, the last one while it had nothing else to do")
+        return Failure(kind, "its process died each time, even when it worked on nothing else")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsight.decode import frames as loading
-from shardsight.decode.frames import Load
+from shardsight.decode.frames import Clips, Largest, Load
 from shardsight.decode.video import Part, Sampling
 from shardsight.models import selection
 from shardsight.models.yolo import int8
@@ -21,6 +21,7 @@ from shardsight.row import Failure
 from shardsight.settings import Models, Settings
 from shardsight.sources import Listing, Record, Unit, pack
 from shardsight.storage import Storage
+from tests.clips import encode, numbered
 from tests.conftest import WEIGHTS
 
 
@@ -86,6 +87,20 @@ def test_a_video_that_fails_somewhere_is_complete(data: st.DataObject) -> None:
     found = Coverage.of(rows)
     assert found.complete("v") and found.places == len(rows) == len({row["id"] for row in rows})
     assert [row["frame_number"] for row in rows if row["last_frame"]] == [len(rows) - 1]
+
+
+def test_clips_of_a_cut_video_that_are_done_in_part() -> None:
+    """Clips need frames that are done, too; and where the video is cut, rows behind that are not contradicted."""
+    data = encode(numbered(20), "matroska", g="5")
+    record = Record("t", 0, "v.mkv", "t", data=data[: len(data) * 3 // 4], last=True)
+    cut = [row["frame_number"] for row in Load(Storage()).rows(record)][-1]
+    assert 4 < cut < 15
+    load = Load(Storage(), clips=Clips(2, 0.2, Largest(())))
+    again = replace(record, done=[(0, 3), (cut + 2, cut + 4)])
+    rows = [(row["frame_number"], row["last_frame"]) for row in load.rows(again)]
+    assert sorted(rows) == [(number, False) for number in range(3, cut + 2)]
+    (end,) = load.rows(replace(record, done=[(0, cut + 4)]))
+    assert (end["frame_number"], end["last_frame"], end["error"]["stage"]) == (cut + 4, True, "decode")
 
 
 def test_a_part_of_a_video_that_went_away(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import simplejpeg
 from shardsight.decode import video
 from shardsight.decode.pictures import decode
 from shardsight.decode.video import Sampling, VideoFrame
-from shardsight.results.coverage import within
+from shardsight.results.coverage import Ranges, within
 from shardsight.row import FRAME, PLACE, ROW, SECONDS, Failure, frame_columns, frame_of
 from shardsight.sources import Record, ShardFile, names_video, open_file, read, unpack
 from shardsight.storage import Storage
@@ -138,7 +138,7 @@ class Load:
         if record.failure or not _is_video(record):
             yield self.row(record)
         elif self.clips:
-            rows = self.clips.gather(self.frames(replace(record, done=[])))
+            rows = self.clips.gather(self.frames(record, done=[]))
             yield from (row for row in rows if not within(record.done, row["frame_number"]))
         else:
             yield from self.frames(record)
@@ -157,8 +157,8 @@ class Load:
         clock, cpu = time.perf_counter() - clock, time.thread_time() - cpu
         return row | {"decode_clock_seconds": clock, "decode_cpu_seconds": cpu}
 
-    def frames(self, record: Record) -> Iterator[dict[str, Any]]:
-        """A video's rows in order, without those of `record.done`. Raises the errors of Storage."""
+    def frames(self, record: Record, done: Ranges | None = None) -> Iterator[dict[str, Any]]:
+        """A video's rows in order, without those of `done`, by default `record.done`. Raises the errors of Storage."""
         try:
             file = (
                 io.BytesIO(record.data) if record.data is not None else open_file(record.video_uri or "", self.storage)
@@ -168,16 +168,14 @@ class Load:
             return
         with file:
             needed = self.input.needed_size if self.input and self.scaled else None
-            frames = video.read(file, self.sampling, needed, record.part, record.done)
+            frames = video.read(file, self.sampling, needed, record.part, record.done if done is None else done)
             before = time.perf_counter(), time.thread_time()
             for frame in frames:
                 if frame.failure and isinstance(file, ShardFile):
                     file.check()  # of a store that fails, not of the video
-                rows: Iterable[dict[str, Any]] = (
-                    [self.frame(record, frame)]
-                    if not frame.failure
-                    else self.lost(record, frame.number, frame.failure, frame.index)
-                )
+                rows: Iterable[dict[str, Any]] = [self.frame(record, frame)] if frame.frame is not None else []
+                if frame.failure:
+                    rows = self.lost(record, frame.number, frame.failure, frame.index)
                 now = time.perf_counter(), time.thread_time()
                 spent = {"decode_clock_seconds": now[0] - before[0], "decode_cpu_seconds": now[1] - before[1]}
                 yield from (row | spent for row in rows)
