@@ -92,6 +92,7 @@ def vllm(model: str, port: int) -> None:
         options += ["--chat-template-content-format=string", f"--chat-template={template}", "--uvicorn-log-level=error"]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
         environment = os.environ | {"VLLM_PLUGINS": "none", "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment |= {"VLLM_RPC_BASE_PATH": folder}  # its sockets, which it leaves behind
         served = ["--host=127.0.0.1", "--served-model-name=paligemma", *options, *of_engine]
         subprocess.run([*command, *served], env=environment, check=True)
 
