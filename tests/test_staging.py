@@ -89,10 +89,10 @@ def test_local_weights_that_were_retrained_in_place_are_refused(folder: bool, tm
     shutil.copy(WEIGHTS / "detect.pt", file)
     settings = Settings(inputs=["-"], output=str(tmp_path / "out"), yolo=str(tmp_path if folder else file))
     (given,) = selection.arguments(selection.inspect(settings), settings).values()
-    assert stage(given["model"], Storage(), given["files"]).exists()
+    assert Yolo(**given).names
     shutil.copy(WEIGHTS / "pose.pt", file)
     with pytest.raises(ModelError, match=rf"^{file} is not the file that the job began with: its SHA-256 is another"):
-        stage(given["model"], Storage(), given["files"])
+        Yolo(**given)
 
 
 @pytest.mark.parametrize(

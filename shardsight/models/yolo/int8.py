@@ -63,7 +63,7 @@ def calibrate(info: YoloInfo, settings: Settings, units: Sequence[Unit], load: L
     request = {name: getattr(settings, name) for name in names}
 
     def make(folder: Path) -> None:
-        model = str(stage(info.path, load.storage, info.files)) if is_remote(info.path) else info.path
+        model = str(stage(info.path, load.storage, info.files))
         command = [sys.executable, "-m", __name__, json.dumps(request | {"model": model}), str(folder)]
         done = subprocess.run(command, input=pickle.dumps((units, load)), capture_output=True)
         lines = done.stdout.decode(errors="replace").strip().splitlines()

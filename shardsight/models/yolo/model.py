@@ -23,7 +23,7 @@ from shardsight.models.yolo.rows import rows_of
 from shardsight.models.yolo.track import Found, Tracking
 from shardsight.models.yolo.ultralytics_import import multi_label_nms
 from shardsight.row import Failure, crop_of, frames_of
-from shardsight.storage import Storage, is_remote
+from shardsight.storage import Storage
 
 if TYPE_CHECKING:
     from shardsight.models.yolo.openvino import Compiled
@@ -45,8 +45,8 @@ class Yolo:
     on a GPU, else 16. threads: of the CPU; all by default. track: one of TRACKERS, which follows what is found through
     each video of the tables. track_config: settings of that tracker, if others than ultralytics' defaults. crops: store
     a JPEG of each detection, for which a table's frames must be unscaled. storage: options of the model's store, as for
-    the job. files: name → SHA-256 that a copy from there has to have. network: for precision int8, of these weights, as
-    int8.py makes it. Raises ModelError and UsageError.
+    the job. files: YoloInfo's, which its own have to be. network: for precision int8, of these weights, as int8.py
+    makes it. Raises ModelError and UsageError.
     """
 
     def __init__(
@@ -68,8 +68,7 @@ class Yolo:
         files: dict[str, str] | None = None,
         network: Network | None = None,
     ) -> None:
-        if is_remote(model):
-            model = str(stage(model, Storage(storage or {}), files))
+        model = str(stage(model, Storage(storage or {}), files))
         if not Path(model).exists():  # ultralytics would try to download it
             raise ModelError(f"there are no weights at {model}: give a .pt file or an export; nothing is downloaded")
         if threads:
