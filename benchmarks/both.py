@@ -2,8 +2,8 @@
 
 JPEGs of 1280×720 → YOLOv8n's boxes and the demo PaliGemma's captions → Parquet. By hand is what a user writes:
 ultralytics' `predict` over the folder, then Hugging Face's `generate` over the folder, in batches, both told to use
-every core, of which ultralytics leaves one to others by itself. A picture is done
-when its second model is; those of the first are part of what the user waits for. See measuring.py.
+every core, of which ultralytics leaves one to others by itself. A picture is done when its second model is; those of
+the first are part of what the user waits for. See measuring.py.
 """
 
 import argparse

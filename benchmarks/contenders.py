@@ -55,8 +55,7 @@ def ultralytics(
 
     from demo.writers import batched
 
-    yolo = told(YOLO(weights)) if told else YOLO(weights)
-    results = yolo.predict(folder, stream=True, imgsz=imgsz, batch=BATCH, verbose=False)
+    results = told(YOLO(weights)).predict(folder, stream=True, imgsz=imgsz, batch=BATCH, verbose=False)
     rows = [
         {"path": result.path, "detections": found}
         for some in batched(results, BATCH)

@@ -5,7 +5,7 @@ A record that kills its process twice while it is alone in it becomes an error r
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -109,18 +109,15 @@ class Isolate:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table with packed Units in the column `unit`, and which are `long` → annotated rows. Raises Fault,
         ModelDied."""
-        for packed, long in zip(batch["unit"].to_pylist(), batch["long"].to_pylist(), strict=True):
-            for unit in self.parts(unpack(packed), long):
-                yield from self.unit(unit)
+        for packed in self.parts(batch)["unit"].to_pylist():
+            yield from self.unit(unpack(packed))
 
-    def parts(self, unit: Unit, long: bool) -> list[Unit]:
-        for _ in range(ATTEMPTS if long and self.split else 0):
-            try:
-                return list(ray.get(_parts.options(label_selector=self.labels).remote(self.split, unit)))
-            except DEATHS as error:
-                if not is_death(error):
-                    raise
-        return [unit]
+    def parts(self, batch: pa.Table) -> pa.Table:
+        """The same with the parts of long videos, unless splitting them ends its process each time."""
+        for _ in range(ATTEMPTS if self.split and any(batch["long"].to_pylist()) else 0):
+            with suppress(*DEATHS):
+                return ray.get(_parts.options(label_selector=self.labels).remote(self.split, batch))
+        return batch
 
     def unit(self, unit: Unit) -> Iterator[pa.Table]:
         suspect, deaths = ("", 0), 0
@@ -245,9 +242,8 @@ def _one_by_one(unit: Unit, load: Load) -> Iterator[Record | pa.Table | None]:
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def _parts(split: Split, unit: Unit) -> list[Unit]:
-    default_fatal_signals()
-    return split.parts(unit)
+def _parts(split: Split, batch: pa.Table) -> pa.Table:
+    return split(batch)
 
 
 def _next(unit: Unit) -> Record:

@@ -173,9 +173,11 @@ class Load:
             for frame in frames:
                 if frame.failure and isinstance(file, ShardFile):
                     file.check()  # of a store that fails, not of the video
-                rows: Iterable[dict[str, Any]] = [self.frame(record, frame)] if frame.frame is not None else []
+                rows: Iterable[dict[str, Any]]
                 if frame.failure:
                     rows = self.lost(record, frame.number, frame.failure, frame.index)
+                else:
+                    rows = [self.frame(record, frame)]
                 now = time.perf_counter(), time.thread_time()
                 spent = {"decode_clock_seconds": now[0] - before[0], "decode_cpu_seconds": now[1] - before[1]}
                 yield from (row | spent for row in rows)

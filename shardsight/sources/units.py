@@ -31,9 +31,9 @@ class Unit:
 
     kind: a key of sources.kinds.KINDS. versions: of `files`, in their order. skip: positions of records that are done.
     frames: record → frames that are done, of videos that are done in part; lengths: of some of them, how many there
-    are. stop: the number of records to which
-    `--limit` cuts it. part: of a video. uri_column, image_column: of a Parquet file, as the user named them. folder:
-    the job's working directory, for relative paths in a Parquet file. version, size in bytes: of the file `uri`.
+    are. stop: the number of records to which `--limit` cuts it. part: of a video. uri_column, image_column: of a
+    Parquet file, as the user named them. folder: the job's working directory, for relative paths in a Parquet file.
+    version, size in bytes: of the file `uri`.
     """
 
     kind: str
